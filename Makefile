@@ -1,0 +1,115 @@
+# Every target does all of its own set-up: an environment, torch, what the job needs, the build. What
+# was done is remembered by stamps, so that a second run starts at once.
+#
+#   PYTHON=python3     the Python (>= 3.10) to start from
+#   TORCH=...          a version or a pip requirement of torch, installed into .venv
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+MAKEFLAGS += --no-print-directory
+
+PYTHON ?= python3
+TORCH ?=
+WORDS ?=
+PYTEST_ARGS ?=
+BENCH_ARGS ?=
+
+# The active environment's Python if it has torch >= 2.10 (and TORCH is not given), else .venv's.
+PY := $(or $(shell $(PYTHON) scripts/find_python.py "$(TORCH)" 2> /dev/null),.venv/bin/python)
+# A bare version is a requirement too.
+TORCH_SPEC := $(or $(TORCH),torch==2.13.0)
+TORCH_SPEC := $(if $(shell echo "$(TORCH_SPEC)" | grep -E '^[0-9]'),torch==$(TORCH_SPEC),$(TORCH_SPEC))
+
+# Stamps go with the environment that they speak of: removed with .venv, apart for any other.
+ifeq ($(PY),.venv/bin/python)
+  STAMPS := .venv/.stamps
+  BASE := .venv/pyvenv.cfg
+else
+  STAMPS := .stamps/$(subst /,_,$(PY))
+  BASE := $(wildcard $(dir $(PY))../pyvenv.cfg)
+endif
+TORCH_STAMP := $(STAMPS)/torch-$(shell echo "$(TORCH_SPEC)" | tr '<>' 'lg' | tr -c 'a-zA-Z0-9.\n' '_')
+export PATH := $(dir $(abspath $(PY))):$(PATH)
+
+PIP := $(PY) -m pip --disable-pip-version-check install --quiet
+CMAKE_DIR = build/cmake-$(shell $(PY) -c 'import sys; print(sys.implementation.cache_tag)')
+BUILD_INPUTS := CMakeLists.txt setup.py pyproject.toml encdec_fast/_version.py \
+                $(shell find cmake csrc 2> /dev/null)
+CPP_FILES = $(shell find csrc tests/cpp -name '*.h' -o -name '*.cpp' -o -name '*.cu')
+# The allocator keeps its pages, for every contender: the harder condition for this library.
+BENCH_ENV := MALLOC_MMAP_THRESHOLD_=8589934592 MALLOC_TRIM_THRESHOLD_=17179869184 \
+             MALLOC_TOP_PAD_=268435456
+
+.PHONY: help
+help: ## Say what there is to make
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 18
+
+.PHONY: demo
+demo: $(STAMPS)/built $(STAMPS)/req-demo $(STAMPS)/req-demo-data ## Pronounce WORDS="..." and 5,000 dictionary words
+	$(PY) examples/g2p.py $(WORDS)
+
+.PHONY: test
+test: $(STAMPS)/built $(STAMPS)/req-test $(STAMPS)/qemu ## Run the C++ and Python tests (PYTEST_ARGS="...")
+	flock $(CMAKE_DIR)/lock cmake --build $(CMAKE_DIR) --target cpp_tests
+	ctest --test-dir $(CMAKE_DIR) --output-on-failure
+	$(PY) -m pytest $(PYTEST_ARGS)
+
+.PHONY: test-sanitize
+test-sanitize: $(STAMPS)/req-build ## Run the C++ tests under AddressSanitizer and UBSan
+	cmake -S . -B build/sanitize -G Ninja -DENCDEC_BUILD_PYTHON=OFF -DENCDEC_SANITIZE=ON
+	cmake --build build/sanitize --target cpp_tests
+	ctest --test-dir build/sanitize --output-on-failure
+
+.PHONY: lint
+lint: $(TORCH_STAMP) $(STAMPS)/req-lint ## Check style, types and layers
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+	$(PY) -m mypy
+	clang-format --dry-run -Werror $(CPP_FILES)
+	lint-imports
+
+.PHONY: bench-rnn
+bench-rnn: $(STAMPS)/built $(STAMPS)/req-bench ## Measure LSTM, GRU and RNN beside their peers (BENCH_ARGS="...")
+	$(BENCH_ENV) $(PY) -m benchmarks.report rnn $(BENCH_ARGS)
+
+.PHONY: build
+build: $(STAMPS)/built ## Build and install in place (pip install -e .)
+
+.PHONY: clean
+clean: ## Remove what was built, not the environment
+	rm -rf build dist encdec_fast/lib encdec_fast/_C*.so *.egg-info $(STAMPS)/built
+
+.PHONY: FORCE
+FORCE:
+
+.venv/pyvenv.cfg:
+	@command -v $(PYTHON) > /dev/null || { echo "There is no $(PYTHON): install Python >= 3.10, or say make PYTHON=..." >&2; exit 1; }
+	@$(PYTHON) scripts/find_python.py > /dev/null
+	$(PYTHON) -m venv .venv
+
+# Only .venv's torch is ours to install; another one in it makes this stamp stale.
+$(TORCH_STAMP): $(BASE)
+	@mkdir -p $(STAMPS) && rm -f $(STAMPS)/torch-*
+	$(if $(filter .venv/%,$(PY)),$(PIP) "$(TORCH_SPEC)")
+	@touch $@
+
+$(STAMPS)/req-demo-data: requirements/demo-data.txt $(BASE)
+	@mkdir -p $(STAMPS)
+	$(PIP) --no-deps -r $<
+	@touch $@
+
+$(STAMPS)/req-%: requirements/%.txt $(BASE)
+	@mkdir -p $(STAMPS)
+	$(PIP) -r $<
+	@touch $@
+
+$(STAMPS)/qemu: $(BASE)
+	@mkdir -p $(STAMPS)
+	@scripts/try_qemu.sh
+	@touch $@
+
+# Built anew, too, where somebody has removed the result.
+$(STAMPS)/built: $(BUILD_INPUTS) $(TORCH_STAMP) $(STAMPS)/req-build \
+                 $(if $(wildcard encdec_fast/lib/libencdec_core.so),,FORCE)
+	$(PIP) --no-build-isolation --no-deps -e .
+	@touch $@

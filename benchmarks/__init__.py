@@ -1,0 +1,1 @@
+"""Benchmarks of encdec_fast beside its peers; see benchmarks/README.md."""

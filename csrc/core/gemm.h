@@ -1,0 +1,113 @@
+// The one matrix product: staged rows times a packed matrix, a register tile at a time.
+//
+// A tile is up to kMaxRows rows by one panel (NV vectors of columns); its sums stay in registers
+// over the whole of k. Each step of k loads NV vectors of weights and broadcasts one word per row.
+// Tiles of few rows split k over independent sums, so that the latency of the multiply-add is
+// hidden. The result is a small block of floats that stays in L1, where the caller's epilogue takes
+// it from.
+#pragma once
+
+#include "core/dot.h"
+#include "core/packed_matrix.h"
+
+namespace encdec {
+namespace ENCDEC_ISA_NAMESPACE {
+
+// The tallest tile whose sums, NV weights and one broadcast fit in the registers.
+constexpr int max_tile_rows(int vectors) { return (kRegisters - 1 - vectors) / vectors; }
+
+// The left side: word g of row r is at data + r * stride + g * step (bytes). Staged rows have their
+// words side by side; a matrix that is stored by columns is read as it lies.
+struct RowsView {
+  const char* data;
+  int64_t stride;
+  int64_t step = 4;
+
+  RowsView from(int64_t row) const { return {data + row * stride, stride, step}; }
+};
+
+template <Format format, int MR, int NV>
+__attribute__((noinline)) void multiply_tile(const PackedView& w, int64_t panel, RowsView x,
+                                             float* out, int64_t out_stride) {
+  using D = Dot<format>;
+  constexpr int kSplit = MR * NV >= 8 ? 1 : (7 + MR * NV) / (MR * NV);
+  constexpr int kStep = NV * kLanes * weight_group_bytes(format);
+  const char* p = w.data + panel * w.panel_bytes;
+  typename D::Acc acc[kSplit][MR][NV];
+#pragma GCC unroll 8
+  for (int s = 0; s < kSplit; ++s) {
+#pragma GCC unroll 16
+    for (int r = 0; r < MR; ++r) {
+#pragma GCC unroll 4
+      for (int v = 0; v < NV; ++v) {
+        if constexpr (format == Format::kInt8) {
+          acc[s][r][v] = s == 0 ? iload(w.start + (panel * NV + v) * kLanes) : D::start();
+        } else {
+          acc[s][r][v] = D::start();
+        }
+      }
+    }
+  }
+  // Four rows share a base pointer: the offsets 1, 2 and 3 strides need two registers.
+  const char* base[(MR + 3) / 4];
+#pragma GCC unroll 8
+  for (int b = 0; b < (MR + 3) / 4; ++b) base[b] = x.data + 4 * b * x.stride;
+
+  const auto step = [&](int s) __attribute__((always_inline)) {
+    decltype(D::weights(p)) weight[NV];
+#pragma GCC unroll 4
+    for (int v = 0; v < NV; ++v) {
+      weight[v] = D::weights(p + v * kLanes * weight_group_bytes(format));
+    }
+#pragma GCC unroll 16
+    for (int r = 0; r < MR; ++r) {
+      const auto word = D::word(base[r / 4] + (r % 4) * x.stride);
+#pragma GCC unroll 4
+      for (int v = 0; v < NV; ++v) acc[s][r][v] = D::step(acc[s][r][v], word, weight[v]);
+    }
+    p += kStep;
+#pragma GCC unroll 8
+    for (int b = 0; b < (MR + 3) / 4; ++b) base[b] += x.step;
+  };
+  int64_t g = w.groups;
+  for (; g >= kSplit; g -= kSplit) {
+#pragma GCC unroll 8
+    for (int s = 0; s < kSplit; ++s) step(s);
+  }
+  for (; g > 0; --g) step(0);
+
+#pragma GCC unroll 16
+  for (int r = 0; r < MR; ++r) {
+#pragma GCC unroll 4
+    for (int v = 0; v < NV; ++v) {
+      typename D::Acc sum = acc[0][r][v];
+#pragma GCC unroll 8
+      for (int s = 1; s < kSplit; ++s) sum = D::sum(sum, acc[s][r][v]);
+      D::put(out + r * out_stride + v * kLanes, sum);
+    }
+  }
+}
+
+template <Format format, int NV, int MR = max_tile_rows(NV)>
+ENCDEC_INLINE void multiply_rows(int rows, const PackedView& w, int64_t panel, RowsView x,
+                                 float* out, int64_t out_stride) {
+  if constexpr (MR > 0) {
+    if (rows == MR) {
+      multiply_tile<format, MR, NV>(w, panel, x, out, out_stride);
+    } else {
+      multiply_rows<format, NV, MR - 1>(rows, w, panel, x, out, out_stride);
+    }
+  }
+}
+
+// Cuts `rows` into the fewest tiles, of sizes that differ by at most one.
+struct RowTiles {
+  int64_t rows;
+  int64_t count;
+  RowTiles(int64_t rows, int max_rows)
+      : rows(rows), count(rows == 0 ? 0 : (rows + max_rows - 1) / max_rows) {}
+  int64_t begin(int64_t i) const { return rows * i / count; }
+};
+
+}  // namespace ENCDEC_ISA_NAMESPACE
+}  // namespace encdec

@@ -1,0 +1,119 @@
+// A weight matrix packed once, in the order in which the matrix product reads it.
+//
+// Columns (output features) come in vectors of kLanes; `vectors` of them side by side make a panel.
+// A panel holds, for each group of k (see format.h), its vectors one behind the other:
+//
+//     panel 0: | k-group 0: v0 v1 | k-group 1: v0 v1 | ... | panel 1: ...
+//
+// so that a register tile reads its weights as one stream. int8 weights have one scale per column
+// and, because rows are stored with the zero point 128, sums that start at -128 * (column sum).
+#pragma once
+
+#include "core/format.h"
+#include "core/rows.h"
+#include "core/simd.h"
+
+namespace encdec {
+namespace ENCDEC_ISA_NAMESPACE {
+
+struct PackedView {
+  const char* data = nullptr;
+  int64_t groups = 0;  // k groups
+  int64_t panel_bytes = 0;
+  const int32_t* start = nullptr;  // int8: what each column's sum starts from
+  const float* scale = nullptr;    // int8: each column's scale
+};
+
+constexpr int64_t packed_panel_bytes(Format f, int64_t k, int vectors) {
+  const int64_t groups = round_up(k, group_size(f)) / group_size(f);
+  return round_up(groups * vectors * kLanes * weight_group_bytes(f), 64);
+}
+
+// kLanes columns of a matrix in memory: number (column l, k) is at src + (l * lane_stride + k *
+// k_stride) * element_bytes(dtype). One of the strides is 1. Only `lanes` columns exist; the others
+// are packed as zeros.
+struct ColumnSource {
+  const char* src;
+  Format dtype;
+  int64_t lane_stride;
+  int64_t k_stride;
+  int lanes;
+};
+
+// A block of kLanes columns by `count` <= kPackDepth k, as floats, k-major: out[k * kLanes + lane].
+constexpr int kPackDepth = 32;
+
+inline void read_columns(const ColumnSource& c, int64_t k0, int count, float* out) {
+  const int bytes = element_bytes(c.dtype);
+  if (c.lane_stride == 1) {
+    for (int k = 0; k < count; ++k) {
+      store(out + k * kLanes, load_as(c.dtype, c.src + (k0 + k) * c.k_stride * bytes, c.lanes));
+    }
+    return;
+  }
+  for (int k = 0; k < count; k += kLanes) {
+    const int depth = count - k < kLanes ? count - k : kLanes;
+    Float square[kLanes];
+    for (int l = 0; l < kLanes; ++l) {
+      const char* p = c.src + (l * c.lane_stride + (k0 + k) * c.k_stride) * bytes;
+      square[l] = l < c.lanes ? load_as(c.dtype, p, depth) : zero();
+    }
+    transpose(square);
+    for (int i = 0; i < depth; ++i) store(out + (k + i) * kLanes, square[i]);
+  }
+}
+
+// One vector of columns into its place in a panel: `dst` is the vector's first group, `step` the
+// bytes from group to group. `scale` and `start` (int8 only) receive kLanes values each.
+template <Format format>
+inline void pack_columns(const ColumnSource& c, int64_t k, char* dst, int64_t step, float* scale,
+                         int32_t* start) {
+  alignas(64) float block[kPackDepth * kLanes];
+  Float inverse = set1(1.0f);
+  Int sums = izero();
+  if constexpr (format == Format::kInt8) {
+    Float largest = zero();
+    for (int64_t k0 = 0; k0 < k; k0 += kPackDepth) {
+      const int count = static_cast<int>(k - k0 < kPackDepth ? k - k0 : kPackDepth);
+      read_columns(c, k0, count, block);
+      for (int i = 0; i < count; ++i) largest = max(largest, abs(load(block + i * kLanes)));
+    }
+    // A column of zeros keeps the scale 0 and any inverse.
+    store(scale, div(largest, set1(127.0f)));
+    inverse = div(set1(127.0f), max(set1(1e-30f), largest));
+  }
+  constexpr int kGroup = group_size(format);
+  for (int64_t k0 = 0; k0 < k; k0 += kPackDepth) {
+    const int count = static_cast<int>(k - k0 < kPackDepth ? k - k0 : kPackDepth);
+    read_columns(c, k0, count, block);
+    const int whole = static_cast<int>(round_up(count, kGroup));
+    for (int i = count; i < whole; ++i) store(block + i * kLanes, zero());
+    for (int i = 0; i < whole; i += kGroup, dst += step) {
+      const float* b = block + i * kLanes;
+      if constexpr (format == Format::kFloat32) {
+        store(reinterpret_cast<float*>(dst), load(b));
+      } else if constexpr (format == Format::kFloat16) {
+        store_half(dst, to_f16(load(b)));
+      } else if constexpr (format == Format::kBfloat16) {
+        istore(dst, pair_halves(to_bf16(load(b)), to_bf16(load(b + kLanes))));
+      } else {
+        alignas(64) int32_t q[kLanes];
+        for (int j = 0; j < kGroup; ++j) {
+          const Float scaled = mul(load(b + j * kLanes), inverse);
+          const Int rounded = to_int(max(set1(-127.0f), min(set1(127.0f), scaled)));
+          sums = iadd(sums, rounded);
+          istore(q, rounded);
+          for (int l = 0; l < kLanes; ++l) dst[l * kGroup + j] = static_cast<char>(q[l]);
+        }
+      }
+    }
+  }
+  if constexpr (format == Format::kInt8) {
+    alignas(64) int32_t s[kLanes];
+    istore(s, sums);
+    for (int l = 0; l < kLanes; ++l) start[l] = -128 * s[l];
+  }
+}
+
+}  // namespace ENCDEC_ISA_NAMESPACE
+}  // namespace encdec

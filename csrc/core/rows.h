@@ -1,0 +1,100 @@
+// Rows of numbers as torch holds them, brought into the form that the matrix product reads.
+#pragma once
+
+#include <limits>
+
+#include "core/format.h"
+#include "core/simd.h"
+
+namespace encdec {
+namespace ENCDEC_ISA_NAMESPACE {
+
+// n <= kLanes numbers of a tensor as floats, zeros behind them.
+ENCDEC_INLINE Float load_as(Format dtype, const char* p, int n = kLanes) {
+  if (dtype == Format::kFloat32) {
+    const float* f = reinterpret_cast<const float*>(p);
+    return n == kLanes ? load(f) : load_partial(f, n);
+  }
+  const Half h = n == kLanes ? load_half(p) : load_half_partial(p, n);
+  return dtype == Format::kBfloat16 ? from_bf16(h) : from_f16(h);
+}
+
+ENCDEC_INLINE void store_as(Format dtype, char* p, Float v, int n = kLanes) {
+  if (dtype == Format::kFloat32) {
+    float* f = reinterpret_cast<float*>(p);
+    if (n == kLanes) {
+      store(f, v);
+    } else {
+      store_partial(f, v, n);
+    }
+    return;
+  }
+  const Half h = dtype == Format::kBfloat16 ? to_bf16(v) : to_f16(v);
+  if (n == kLanes) {
+    store_half(p, h);
+  } else {
+    store_half_partial(p, h, n);
+  }
+}
+
+// The value that a number has after it was stored in `dtype`.
+ENCDEC_INLINE Float rounded_to(Format dtype, Float v) {
+  return dtype == Format::kFloat32    ? v
+         : dtype == Format::kBfloat16 ? from_bf16(to_bf16(v))
+                                      : from_f16(to_f16(v));
+}
+
+ENCDEC_INLINE int lanes_left(int64_t position, int64_t size) {
+  return size - position < kLanes ? static_cast<int>(size - position) : kLanes;
+}
+
+// Where number k of a row lies in its staged form.
+template <Format format>
+ENCDEC_INLINE char* staged_at(char* row, int64_t k) {
+  if constexpr (format == Format::kInt8) return row + k;
+  if constexpr (format == Format::kBfloat16) return row + 2 * k;
+  return row + 4 * k;
+}
+
+// kLanes numbers into a staged row. int8: `inverse` is 1/scale, the zero point 128.
+template <Format format>
+ENCDEC_INLINE void stage_vector(char* p, Float v, float inverse = 1.0f) {
+  if constexpr (format == Format::kInt8) {
+    const Float q = max(set1(-127.0f), min(set1(127.0f), mul(v, set1(inverse))));
+    store_u8(reinterpret_cast<uint8_t*>(p), iadd(to_int(q), iset1(128)));
+  } else if constexpr (format == Format::kBfloat16) {
+    store_half(p, to_bf16(v));
+  } else {
+    store(reinterpret_cast<float*>(p), v);
+  }
+}
+
+// One row of k numbers to its staged form; the bytes up to the next multiple of kLanes numbers are
+// written too (a staged row has room for them). Returns the row's scale: 1, but for int8 the
+// largest magnitude / 127, and NaN for a row with a NaN or infinity in it, which so stays in its
+// row.
+template <Format format>
+inline float stage_row(const char* src, Format dtype, int64_t k, char* dst) {
+  const int bytes = element_bytes(dtype);
+  float scale = 1.0f, inverse = 1.0f;
+  if constexpr (format == Format::kInt8) {
+    Float largest = zero();
+    bool bad = false;
+    for (int64_t i = 0; i < k; i += kLanes) {
+      const Float v = abs(load_as(dtype, src + i * bytes, lanes_left(i, k)));
+      bad = bad || any_not_le(v, set1(std::numeric_limits<float>::max()));
+      largest = max(largest, v);
+    }
+    const float m = reduce_max(largest);
+    scale = bad ? std::numeric_limits<float>::quiet_NaN() : m / 127.0f;
+    inverse = bad || m < 1e-30f ? 0.0f : 127.0f / m;
+  }
+  for (int64_t i = 0; i < k; i += kLanes) {
+    const Float v = load_as(dtype, src + i * bytes, lanes_left(i, k));
+    stage_vector<format>(staged_at<format>(dst, i), v, inverse);
+  }
+  return scale;
+}
+
+}  // namespace ENCDEC_ISA_NAMESPACE
+}  // namespace encdec

@@ -1,0 +1,75 @@
+#include "core/team.h"
+
+#include <linux/futex.h>
+#include <omp.h>
+#include <pthread.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+
+#include <chrono>
+#include <climits>
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
+namespace encdec {
+namespace {
+
+std::atomic<bool> forked{false};
+
+// libgomp's workers do not survive fork(): a parallel region in the child waits for them for ever.
+const int fork_handler = pthread_atfork(nullptr, nullptr, [] { forked.store(true); });
+
+void relax() {
+#if defined(__x86_64__)
+  _mm_pause();
+#endif
+}
+
+void futex(std::atomic<uint32_t>* word, int operation, uint32_t value) {
+  // A wait returns early when the word has changed or a signal came: callers look again.
+  syscall(SYS_futex, reinterpret_cast<uint32_t*>(word), operation | FUTEX_PRIVATE_FLAG, value,
+          nullptr, nullptr, 0);
+}
+
+}  // namespace
+
+void Barrier::wait(int members) {
+  if (members <= 1) return;
+  const uint32_t round = round_.load(std::memory_order_acquire);
+  if (arrived_.fetch_add(1, std::memory_order_acq_rel) + 1 == static_cast<uint32_t>(members)) {
+    arrived_.store(0, std::memory_order_relaxed);
+    round_.store(round + 1, std::memory_order_seq_cst);
+    if (sleepers_.load(std::memory_order_seq_cst) != 0) futex(&round_, FUTEX_WAKE, INT_MAX);
+    return;
+  }
+  // Most waits end within a microsecond; the clock is read only once that has passed.
+  for (int i = 0; i < 256; ++i) {
+    if (round_.load(std::memory_order_acquire) != round) return;
+    relax();
+  }
+  using Clock = std::chrono::steady_clock;
+  const auto deadline = Clock::now() + std::chrono::microseconds(20);
+  while (Clock::now() < deadline) {
+    for (int i = 0; i < 16; ++i) {
+      if (round_.load(std::memory_order_acquire) != round) return;
+      relax();
+    }
+  }
+  sleepers_.fetch_add(1, std::memory_order_seq_cst);
+  while (round_.load(std::memory_order_seq_cst) == round) futex(&round_, FUTEX_WAIT, round);
+  sleepers_.fetch_sub(1, std::memory_order_relaxed);
+}
+
+void run_team(int wanted, void (*body)(int rank, int size, void* context), void* context) {
+  (void)fork_handler;
+  if (wanted <= 1 || omp_in_parallel() || forked.load(std::memory_order_relaxed)) {
+    body(0, 1, context);
+    return;
+  }
+#pragma omp parallel num_threads(wanted)
+  body(omp_get_thread_num(), omp_get_num_threads(), context);
+}
+
+}  // namespace encdec

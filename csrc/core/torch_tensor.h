@@ -1,0 +1,92 @@
+// torch's tensors as the bindings see them, over the stable ABI. For *_binding.cpp only.
+#pragma once
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+#include <torch/headeronly/util/Exception.h>
+
+#include <array>
+#include <cstdint>
+#include <cstring>
+#include <optional>
+#include <utility>
+#include <vector>
+
+#include "core/format.h"
+#include "core/memory.h"
+
+namespace encdec {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+inline Format format_of(const Tensor& t) {
+  switch (t.scalar_type()) {
+    case ScalarType::Float:
+      return Format::kFloat32;
+    case ScalarType::BFloat16:
+      return Format::kBfloat16;
+    case ScalarType::Half:
+      return Format::kFloat16;
+    default:
+      STD_TORCH_CHECK(false, "expected a float32, bfloat16 or float16 tensor");
+  }
+}
+
+inline char* data(const Tensor& t) { return static_cast<char*>(t.data_ptr()); }
+inline char* data(const std::optional<Tensor>& t) { return t ? data(*t) : nullptr; }
+
+// A new contiguous CPU tensor, not initialised.
+template <size_t n>
+inline Tensor empty(const std::array<int64_t, n>& sizes, int32_t dtype) {
+  std::array<int64_t, n> strides;
+  int64_t stride = 1;
+  for (size_t i = n; i-- > 0;) {
+    strides[i] = stride;
+    stride *= sizes[i] > 0 ? sizes[i] : 1;
+  }
+  AtenTensorHandle handle;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(n, sizes.data(), strides.data(), dtype,
+                                                         aoti_torch_device_type_cpu(), 0, &handle));
+  Tensor t(handle);
+  const int64_t bytes = t.numel() * static_cast<int64_t>(aoti_torch_dtype_element_size(dtype));
+  if (bytes >= 2 * kHugePage) prefer_huge_pages(t.data_ptr(), bytes);
+  return t;
+}
+
+inline int32_t dtype_of(Format f) {
+  return f == Format::kFloat32    ? aoti_torch_dtype_float32()
+         : f == Format::kBfloat16 ? aoti_torch_dtype_bfloat16()
+         : f == Format::kFloat16  ? aoti_torch_dtype_float16()
+                                  : aoti_torch_dtype_uint8();
+}
+
+// 64 and a few elements of a tensor, spread over it so that they fall into all columns of a matrix,
+// mixed into `hash`. Strides are honoured.
+inline uint64_t fingerprint(const Tensor& t, uint64_t hash) {
+  const int64_t numel = t.numel();
+  if (numel == 0) return hash;
+  const int64_t columns = t.dim() == 2 ? t.size(1) : numel;
+  const int64_t row_stride = t.dim() == 2 ? t.stride(0) : 0;
+  const int64_t column_stride = t.stride(t.dim() - 1);
+  const int bytes = element_bytes(format_of(t));
+  const char* p = data(t);
+  const int64_t step = numel > 128 ? (numel / 64 - 1) | 1 : 1;
+  const int64_t row_step = step / columns, column_step = step % columns;
+  int64_t row = 0, column = 0;
+  for (int64_t at = 0; at < numel; at += step) {
+    const char* element = p + (row * row_stride + column * column_stride) * bytes;
+    uint32_t value = 0;
+    std::memcpy(&value, element, static_cast<size_t>(bytes));
+    hash = (hash ^ value) * 0x9e3779b97f4a7c15ull;
+    hash ^= hash >> 29;
+    row += row_step;
+    column += column_step;
+    if (column >= columns) column -= columns, ++row;
+  }
+  return hash;
+}
+
+}  // namespace encdec

@@ -1,0 +1,423 @@
+// Backward of one direction through time, by the members of a team.
+//
+// A member owns blocks of hidden units. Per step, latest first: the gates' gradients of its units,
+// a barrier, then its columns of (gates' gradients) x W_hh, which is what reaches the state one
+// step earlier. The gates' gradients of a chunk of time are kept; from them come, as large
+// products,
+//     grad_input = dG W_ih,    grad W_ih += dG' X,    grad W_hh += dG' H_previous.
+//
+// A row of dG is laid out in segments of `padded` units: LSTM i f g o. The GRU's new gate has two
+// gradients, one for x's side and one, times r, for h's: segments n r z n', so that either product
+// reads three neighbouring ones.
+#pragma once
+
+#include "core/math.h"
+#include "rnn/rnn_weight_grad.h"
+#include "rnn/rnn_weights.h"
+
+namespace encdec::rnn {
+namespace ENCDEC_ISA_NAMESPACE {
+
+template <Cell cell>
+struct Segments {
+  static constexpr int kGates = gate_count(cell);
+  static constexpr int kCount = cell == Cell::kGru ? 4 : kGates;
+  static constexpr int kFirstOfH = kCount - kGates;  // h's product reads [kFirstOfH, kCount)
+  // torch's gate of segment `first + i` of the product of x (first 0) or h.
+  static constexpr int gate_of_x(int i) { return cell == Cell::kGru ? (i + 2) % 3 : i; }
+  static constexpr int gate_of_h(int i) { return i; }
+};
+
+struct BackwardPlaces {
+  int64_t padded;          // units per segment
+  int64_t row_bytes;       // of dG
+  int64_t w_hh, w_ih;      // packed, k over gates
+  int64_t gate_grads;      // staged rows of dG [chunk rows]
+  int64_t dh, dc;          // float [B][padded]
+  int64_t bias;            // float [segments][padded]
+  int64_t sum_ih, sum_hh;  // float sums of weight gradients, where those are not float
+  int64_t pointers;        // const char* [chunk rows]: inputs, previous states, grad_input
+  int64_t zeros;           // a row of zeros, for an absent h0
+  int64_t products;        // WeightGrad's
+  int64_t bytes;
+};
+
+template <Cell cell, Format format>
+inline BackwardPlaces backward_places(const Backward& f) {
+  using Sg = Segments<cell>;
+  const Shape& s = f.shape;
+  BackwardPlaces p{};
+  int64_t at = 0;
+  const auto take = [&](int64_t bytes) {
+    const int64_t here = at;
+    at += round_up(bytes, 64);
+    return here;
+  };
+  const int64_t widest = s.I > s.P ? s.I : s.P;
+  p.padded = round_up(s.H, PlainBlocking::kUnits);
+  p.row_bytes = staged_row_bytes(format, Sg::kCount * p.padded);
+  const int64_t panel = packed_panel_bytes(format, Sg::kGates * p.padded, PlainBlocking::kVectors);
+  p.w_hh = take(PlainBlocking::blocks(s.P) * panel);
+  p.w_ih = take(PlainBlocking::blocks(s.I) * panel);
+  p.gate_grads = take(f.chunk_rows * p.row_bytes);
+  p.dh = take(s.B * p.padded * 4);
+  p.dc = take(cell == Cell::kLstm ? s.B * p.padded * 4 : 0);
+  p.bias = take(Sg::kCount * p.padded * 4);
+  const bool sums = f.dtype != Format::kFloat32;
+  p.sum_ih = take(sums ? Sg::kGates * s.H * s.I * 4 : 0);
+  p.sum_hh = take(sums ? Sg::kGates * s.H * s.P * 4 : 0);
+  p.pointers = take(3 * f.chunk_rows * static_cast<int64_t>(sizeof(char*)));
+  p.zeros = take(s.P * 4);
+  p.products = take(WeightGrad<format>::bytes(f.chunk_rows, widest, p.row_bytes));
+  p.bytes = at;
+  return p;
+}
+
+template <Cell cell, Format format>
+class BackwardRun {
+  using Sg = Segments<cell>;
+  using Pl = PlainBlocking;
+  static constexpr int NV = Pl::kVectors;
+  static constexpr int kTileRows = max_tile_rows(NV);
+  static constexpr int64_t kAhead = 2;  // rows that prefetching is ahead
+
+ public:
+  BackwardRun(const Backward& call, const BackwardDirection& dir, bool first_direction,
+              Barrier& barrier, int rank, int members)
+      : call_(call),
+        s_(call.shape),
+        q_(call.sequences),
+        dir_(dir),
+        first_direction_(first_direction),
+        barrier_(barrier),
+        rank_(rank),
+        members_(members),
+        places_(backward_places<cell, format>(call)),
+        work_(call.workspace),
+        first_(part(Pl::blocks(s_.H), rank) * Pl::kUnits),
+        last_(smaller(part(Pl::blocks(s_.H), rank + 1) * Pl::kUnits, s_.H)),
+        esize_(element_bytes(call.dtype)) {}
+
+  void run() {
+    prepare();
+    barrier_.wait(members_);
+    // Steps run against the direction of forward.
+    const bool falling = !dir_.reverse;
+    int64_t done = 0;
+    while (done < q_.T) {
+      int64_t begin = falling ? q_.T - done : done, end = begin, rows = 0;
+      while (falling ? begin > 0 : end < q_.T) {
+        const int64_t more = q_.active(falling ? begin - 1 : end);
+        if (rows > 0 && rows + more > call_.chunk_rows) break;
+        rows += more;
+        falling ? --begin : ++end;
+      }
+      for (int64_t i = 0; i < end - begin; ++i) {
+        const int64_t t = falling ? end - 1 - i : begin + i;
+        step(t, q_.row_start(t) - q_.row_start(begin));
+      }
+      chunk_products(begin, end, rows, done == 0, done + end - begin == q_.T);
+      done += end - begin;
+    }
+    finish();
+  }
+
+ private:
+  static int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
+  int64_t part(int64_t n, int i) const { return n * i / members_; }
+  float* floats(int64_t place) const { return reinterpret_cast<float*>(work_ + place); }
+  char* grad_row(int64_t row) const { return work_ + places_.gate_grads + row * places_.row_bytes; }
+  float* dh(int64_t r) const { return floats(places_.dh) + r * places_.padded; }
+  float* dc(int64_t r) const { return floats(places_.dc) + r * places_.padded; }
+  Float read(const char* p, int n) const { return load_as(call_.dtype, p, n); }
+
+  // The row that the state had one step earlier; null at the first step without an initial state.
+  const char* previous(const StepTensor& tensor, const char* initial, int64_t size, int64_t t,
+                       int64_t r) const {
+    const int64_t before = dir_.reverse ? t + 1 : t - 1;
+    const bool first = before < 0 || before >= q_.T || r >= q_.active(before);
+    if (!first) return tensor.at(q_, before, r);
+    return initial ? initial + q_.position(r) * size * esize_ : nullptr;
+  }
+
+  void prepare() {
+    const int64_t k = Sg::kGates * places_.padded;
+    pack_transposed(dir_.weights.hh, dir_.weights.hh_stride, s_.P, k, places_.w_hh,
+                    [](int i) { return Sg::gate_of_h(i); });
+    pack_transposed(dir_.weights.ih, dir_.weights.ih_stride, s_.I, k, places_.w_ih,
+                    [](int i) { return Sg::gate_of_x(i); });
+    if (rank_ == 0) std::memset(work_ + places_.zeros, 0, static_cast<size_t>(s_.P * 4));
+    for (int64_t u = first_; u < last_; u += kLanes) {
+      const int n = lanes_left(u, s_.H);
+      for (int i = 0; i < Sg::kCount; ++i)
+        store(floats(places_.bias) + i * places_.padded + u, zero());
+      for (int64_t r = 0; r < s_.B; ++r) {
+        const int64_t at = (q_.position(r) * s_.H + u) * esize_;
+        store(dh(r) + u, dir_.grad_h_n ? read(dir_.grad_h_n + at, n) : zero());
+        if constexpr (cell == Cell::kLstm) {
+          store(dc(r) + u, dir_.grad_c_n ? read(dir_.grad_c_n + at, n) : zero());
+        }
+      }
+    }
+    // Units past the last real one, up to the end of a segment, are zero in every row.
+    for (int64_t row = part(call_.chunk_rows, rank_); row < part(call_.chunk_rows, rank_ + 1);
+         ++row) {
+      for (int i = 0; i < Sg::kCount; ++i) {
+        for (int64_t u = round_up(s_.H, kLanes); u < places_.padded; u += kLanes) {
+          stage_vector<format>(staged_at<format>(grad_row(row), i * places_.padded + u), zero());
+        }
+      }
+    }
+  }
+
+  // This member's columns of a (gates * H, n) matrix, packed with k over the gates' segments.
+  template <class GateOf>
+  void pack_transposed(const char* src, int64_t row_stride, int64_t n, int64_t k, int64_t place,
+                       GateOf gate_of) {
+    constexpr int64_t kVector = kLanes * weight_group_bytes(format), kStep = NV * kVector;
+    const int64_t panel = packed_panel_bytes(format, k, NV), segment = places_.padded;
+    for (int64_t b = part(Pl::blocks(n), rank_); b < part(Pl::blocks(n), rank_ + 1); ++b) {
+      char* dst = work_ + place + b * panel;
+      if (s_.H < segment) std::memset(dst, 0, static_cast<size_t>(panel));
+      for (int v = 0; v < NV; ++v) {
+        const int64_t column = b * Pl::kUnits + v * kLanes;
+        const int lanes = column < n ? lanes_left(column, n) : 0;
+        for (int i = 0; i < Sg::kGates; ++i) {
+          const char* from = src + (gate_of(i) * s_.H * row_stride + column) * esize_;
+          pack_columns<format>({from, call_.dtype, 1, row_stride, lanes}, s_.H,
+                               dst + v * kVector + i * segment / group_size(format) * kStep, kStep,
+                               nullptr, nullptr);
+        }
+      }
+    }
+  }
+
+  void step(int64_t t, int64_t chunk_row) {
+    const int64_t n = q_.active(t);
+    for (int64_t r = 0; r < n; ++r) {
+      if (r + kAhead < n) prefetch(t, r + kAhead);
+      for (int64_t u = first_; u < last_; u += kLanes) gate_gradients(t, r, chunk_row + r, u);
+    }
+    barrier_.wait(members_);
+    alignas(64) float products[kTileRows * Pl::kUnits];
+    const PackedView w = packed(places_.w_hh);
+    const RowTiles tiles(n, kTileRows);
+    for (int64_t b = first_ / Pl::kUnits; b * Pl::kUnits < last_; ++b) {
+      for (int64_t i = 0; i < tiles.count; ++i) {
+        const int64_t row = tiles.begin(i);
+        const int rows = static_cast<int>(tiles.begin(i + 1) - row);
+        const char* x =
+            staged_at<format>(grad_row(chunk_row + row), Sg::kFirstOfH * places_.padded);
+        multiply_rows<format, NV>(rows, w, b, {x, places_.row_bytes}, products, Pl::kUnits);
+        for (int j = 0; j < rows; ++j) {
+          for (int v = 0; v < NV; ++v) {
+            float* to = dh(row + j) + b * Pl::kUnits + v * kLanes;
+            const Float product = load(products + j * Pl::kUnits + v * kLanes);
+            store(to, cell == Cell::kGru ? add(load(to), product) : product);
+          }
+        }
+      }
+    }
+  }
+
+  // What gate_gradients will read of a later row: its pieces are too short for the hardware to see.
+  void prefetch(int64_t t, int64_t r) const {
+    const auto piece = [&](const char* row) __attribute__((always_inline)) {
+      for (int64_t at = first_ * esize_; at < last_ * esize_; at += 64)
+        _mm_prefetch(row + at, _MM_HINT_T0);
+    };
+    if (dir_.grad_output.data) piece(dir_.grad_output.at(q_, t, r));
+    if constexpr (saved_gates(cell) > 0) {
+      const char* gates = dir_.gates + (q_.row_start(t) + r) * 4 * s_.H * esize_;
+      for (int i = 0; i < 4; ++i) piece(gates + i * s_.H * esize_);
+    }
+    piece(cell == Cell::kLstm ? dir_.cells.at(q_, t, r) : dir_.output.at(q_, t, r));
+  }
+
+  PackedView packed(int64_t place) const {
+    PackedView v;
+    v.data = work_ + place;
+    v.groups = Sg::kGates * places_.padded / group_size(format);
+    v.panel_bytes = packed_panel_bytes(format, Sg::kGates * places_.padded, NV);
+    return v;
+  }
+
+  // Gradients before the activations, of one row and kLanes units.
+  ENCDEC_INLINE void gate_gradients(int64_t t, int64_t r, int64_t chunk_row, int64_t u) {
+    const int n = lanes_left(u, s_.H);
+    const int64_t at = u * esize_;
+    const Float one = set1(1.0f);
+    Float d_h = load(dh(r) + u);
+    if (dir_.grad_output.data) d_h = add(d_h, read(dir_.grad_output.at(q_, t, r) + at, n));
+    const auto saved = [&](int i) __attribute__((always_inline)) {
+      return read(dir_.gates + ((q_.row_start(t) + r) * 4 * s_.H + i * s_.H) * esize_ + at, n);
+    };
+    const auto put = [&](int i, Float v) __attribute__((always_inline)) {
+      stage_vector<format>(staged_at<format>(grad_row(chunk_row), i * places_.padded + u), v);
+      float* sum = floats(places_.bias) + i * places_.padded + u;
+      store(sum, add(load(sum), v));
+    };
+    if constexpr (cell == Cell::kLstm) {
+      const Float i = saved(0), f = saved(1), g = saved(2), o = saved(3);
+      const Float tanh_c = tanh(read(dir_.cells.at(q_, t, r) + at, n));
+      const char* before = previous(dir_.cells, dir_.c0, s_.H, t, r);
+      const Float c_before = before ? read(before + at, n) : zero();
+      Float d_c = fma(mul(d_h, o), fnma(tanh_c, tanh_c, one), load(dc(r) + u));
+      if (dir_.grad_cells.data) d_c = add(d_c, read(dir_.grad_cells.at(q_, t, r) + at, n));
+      store(dc(r) + u, mul(d_c, f));
+      put(0, mul(mul(d_c, g), mul(i, sub(one, i))));
+      put(1, mul(mul(d_c, c_before), mul(f, sub(one, f))));
+      put(2, mul(mul(d_c, i), fnma(g, g, one)));
+      put(3, mul(mul(d_h, tanh_c), mul(o, sub(one, o))));
+    } else if constexpr (cell == Cell::kGru) {
+      const Float reset = saved(0), update = saved(1), fresh = saved(2), inner = saved(3);
+      const char* before = previous(dir_.output, dir_.h0, s_.H, t, r);
+      const Float h_before = before ? read(before + at, n) : zero();
+      const Float d_fresh = mul(mul(d_h, sub(one, update)), fnma(fresh, fresh, one));
+      put(0, d_fresh);
+      put(1, mul(mul(d_fresh, inner), mul(reset, sub(one, reset))));
+      put(2, mul(mul(d_h, sub(h_before, fresh)), mul(update, sub(one, update))));
+      put(3, mul(d_fresh, reset));
+      store(dh(r) + u, mul(d_h, update));
+    } else {
+      const Float h = read(dir_.output.at(q_, t, r) + at, n);
+      put(0, cell == Cell::kTanh ? mul(d_h, fnma(h, h, one)) : where_positive(h, d_h));
+    }
+  }
+
+  // What the gates' gradients of steps [begin, end) contribute to the input and the weights.
+  void chunk_products(int64_t begin, int64_t end, int64_t rows, bool first, bool last) {
+    const char** x_rows = reinterpret_cast<const char**>(work_ + places_.pointers);
+    const char** h_rows = x_rows + call_.chunk_rows;
+    const char** grad_rows = h_rows + call_.chunk_rows;
+    if (rank_ == 0) {
+      int64_t i = 0;
+      for (int64_t t = begin; t < end; ++t) {
+        for (int64_t r = 0; r < q_.active(t); ++r, ++i) {
+          x_rows[i] = call_.input.at(q_, t, r);
+          grad_rows[i] = call_.grad_input.at(q_, t, r);
+          const char* h = previous(dir_.output, dir_.h0, s_.P, t, r);
+          h_rows[i] = h ? h : work_ + places_.zeros;
+        }
+      }
+    }
+    barrier_.wait(members_);
+    input_gradients(rows, grad_rows);
+    const WeightGrad<format> products{call_.dtype,
+                                      grad_row(0),
+                                      places_.row_bytes,
+                                      rows,
+                                      places_.padded,
+                                      s_.H,
+                                      work_ + places_.products,
+                                      call_.chunk_rows,
+                                      s_.I > s_.P ? s_.I : s_.P,
+                                      rank_,
+                                      members_,
+                                      barrier_};
+    products.prepare();
+    const bool sums = call_.dtype != Format::kFloat32;
+    const auto target = [&](int64_t place, char* grad) {
+      return sums ? floats(place) : reinterpret_cast<float*>(grad);
+    };
+    products.add(
+        x_rows, s_.I, 0, Sg::kGates, [](int i) { return Sg::gate_of_x(i); },
+        target(places_.sum_ih, dir_.grad_ih), first);
+    products.add(
+        h_rows, s_.P, Sg::kFirstOfH, Sg::kGates, [](int i) { return Sg::gate_of_h(i); },
+        target(places_.sum_hh, dir_.grad_hh), first);
+    if (last && sums) {
+      round_sums(places_.sum_ih, dir_.grad_ih, Sg::kGates * s_.H * s_.I);
+      round_sums(places_.sum_hh, dir_.grad_hh, Sg::kGates * s_.H * s_.P);
+    }
+  }
+
+  void round_sums(int64_t place, char* to, int64_t size) {
+    const int64_t vectors = (size + kLanes - 1) / kLanes;
+    for (int64_t i = part(vectors, rank_) * kLanes;
+         i < smaller(part(vectors, rank_ + 1) * kLanes, size); i += kLanes) {
+      const int n = lanes_left(i, size);
+      const float* from = floats(place) + i;
+      store_as(call_.dtype, to + i * esize_, n == kLanes ? load(from) : load_partial(from, n), n);
+    }
+  }
+
+  void input_gradients(int64_t rows, const char* const* to) {
+    alignas(64) float products[kTileRows * Pl::kUnits];
+    const PackedView w = packed(places_.w_ih);
+    const int64_t blocks = Pl::blocks(s_.I);
+    // As many rows as stay in L2 beside a panel, then all of this member's panels over them.
+    const int64_t group = kTileRows * (1 + 256 * 1024 / (kTileRows * places_.row_bytes));
+    for (int64_t start = 0; start < rows; start += group) {
+      const RowTiles tiles(smaller(group, rows - start), kTileRows);
+      for (int64_t b = part(blocks, rank_); b < part(blocks, rank_ + 1); ++b) {
+        for (int64_t i = 0; i < tiles.count; ++i) {
+          const int64_t row = start + tiles.begin(i);
+          const int count = static_cast<int>(tiles.begin(i + 1) - tiles.begin(i));
+          multiply_rows<format, NV>(count, w, b, {grad_row(row), places_.row_bytes}, products,
+                                    Pl::kUnits);
+          for (int j = 0; j < count; ++j) {
+            for (int v = 0; v < NV && b * Pl::kUnits + v * kLanes < s_.I; ++v) {
+              const int64_t column = b * Pl::kUnits + v * kLanes;
+              const int lanes = lanes_left(column, s_.I);
+              char* p = const_cast<char*>(to[row + j]) + column * esize_;
+              Float sum = load(products + j * Pl::kUnits + v * kLanes);
+              if (!first_direction_) sum = add(sum, read(p, lanes));
+              store_as(call_.dtype, p, sum, lanes);
+            }
+          }
+        }
+      }
+    }
+  }
+
+  void finish() {
+    const auto put_bias = [&](char* to, int gate, int segment, int64_t u) {
+      if (!to) return;
+      store_as(call_.dtype, to + (gate * s_.H + u) * esize_,
+               load(floats(places_.bias) + segment * places_.padded + u), lanes_left(u, s_.H));
+    };
+    for (int64_t u = first_; u < last_; u += kLanes) {
+      const int n = lanes_left(u, s_.H);
+      for (int i = 0; i < Sg::kGates; ++i) {
+        put_bias(dir_.grad_b_ih, Sg::gate_of_x(i), i, u);
+        put_bias(dir_.grad_b_hh, Sg::gate_of_h(i), Sg::kFirstOfH + i, u);
+      }
+      for (int64_t r = 0; r < s_.B; ++r) {
+        const int64_t at = (q_.position(r) * s_.H + u) * esize_;
+        if (dir_.grad_h0) store_as(call_.dtype, dir_.grad_h0 + at, load(dh(r) + u), n);
+        if (cell == Cell::kLstm && dir_.grad_c0) {
+          store_as(call_.dtype, dir_.grad_c0 + at, load(dc(r) + u), n);
+        }
+      }
+    }
+  }
+
+  const Backward& call_;
+  const Shape& s_;
+  const Sequences& q_;
+  const BackwardDirection& dir_;
+  const bool first_direction_;
+  Barrier& barrier_;
+  const int rank_, members_;
+  const BackwardPlaces places_;
+  char* const work_;
+  const int64_t first_, last_;  // own hidden units
+  const int esize_;
+};
+
+template <Cell cell, Format format>
+inline void run_backward(const Backward& f) {
+  Barrier barrier;
+  auto body = [&](int rank, int size) {
+    for (int d = 0; d < f.directions; ++d) {
+      // The second direction adds to the first one's input gradients, with the same cut.
+      if (d > 0) barrier.wait(size);
+      BackwardRun<cell, format>(f, f.direction[d], d == 0, barrier, rank, size).run();
+    }
+  };
+  run_team(f.threads, body);
+}
+
+}  // namespace ENCDEC_ISA_NAMESPACE
+}  // namespace encdec::rnn

@@ -1,0 +1,445 @@
+// Forward of one direction, by the members of a team.
+//
+// Time is cut into chunks. For each chunk a member first multiplies the chunk's input rows by its
+// own blocks of W_ih (a large product, at full speed), then walks the steps: its own blocks of W_hh
+// times the state of the step before, gates, next state, barrier. A member owns the same blocks
+// throughout, so its share of W_hh stays in its caches, and input products are never shared between
+// members.
+#pragma once
+
+#include "core/math.h"
+#include "rnn/rnn_weights.h"
+
+namespace encdec::rnn {
+namespace ENCDEC_ISA_NAMESPACE {
+
+// Rows staged at a time for the input product: they are read once per block, from L2.
+constexpr int64_t kStageBytes = 192 * 1024;
+
+// The buffers of one direction, as offsets into its workspace.
+struct ForwardPlaces {
+  int64_t state;       // float [blocks][B][units]: c of an LSTM, h of a GRU
+  int64_t h[2];        // staged rows [B] of the state before and after a step
+  int64_t m;           // staged rows [B]: the cell's output before the projection
+  int64_t h_float[2];  // float rows [B]: int8 states whose scale must be searched for
+  int64_t member;      // per member: staged input rows, their scales, staged states, their scales
+  int64_t member_bytes, member_scale, member_h, member_h_scale;
+  int64_t gates;  // float [blocks][chunk rows][width]: input products
+  int64_t bytes;
+  int64_t stage_rows;
+};
+
+template <Cell cell, Format format>
+inline ForwardPlaces forward_places(const Forward& f) {
+  using Bl = Blocking<cell>;
+  const Shape& s = f.shape;
+  const int64_t blocks = Bl::blocks(s.H), B = s.B;
+  const bool int8 = format == Format::kInt8;
+  ForwardPlaces p{};
+  int64_t at = 0;
+  const auto take = [&](int64_t bytes) {
+    const int64_t here = at;
+    at += round_up(bytes, 64);
+    return here;
+  };
+  p.state = take(cell == Cell::kLstm || cell == Cell::kGru ? blocks * B * Bl::kUnits * 4 : 0);
+  for (int i = 0; i < 2; ++i) p.h[i] = take(B * staged_row_bytes(format, s.P));
+  p.m = take(s.projected ? B * staged_row_bytes(format, s.H) : 0);
+  for (int i = 0; i < 2; ++i) {
+    p.h_float[i] = take(int8 ? B * staged_row_bytes(Format::kFloat32, s.P) : 0);
+  }
+  const int64_t row = staged_row_bytes(format, s.I);
+  p.stage_rows = kStageBytes / row;
+  if (p.stage_rows < 16) p.stage_rows = 16;
+  if (p.stage_rows > f.chunk_rows) p.stage_rows = f.chunk_rows;
+  p.member = at;
+  p.member_scale = round_up(p.stage_rows * row, 64);
+  p.member_h = p.member_scale + round_up(p.stage_rows * 4, 64);
+  p.member_h_scale = p.member_h + (int8 ? B * staged_row_bytes(format, s.P) : 0);
+  p.member_bytes = p.member_h_scale + round_up(B * 4, 64);
+  take(p.member_bytes * f.threads);
+  p.gates = take(blocks * f.chunk_rows * Bl::kWidth * kLanes * 4);
+  p.bytes = at;
+  return p;
+}
+
+template <Cell cell, Format format>
+class ForwardRun {
+  using Bl = Blocking<cell>;
+  static constexpr int NV = Bl::kVectors;
+  static constexpr int kTileRows = max_tile_rows(NV);
+  static constexpr int kRowFloats = Bl::kWidth * kLanes;
+  static constexpr bool kLstmCell = cell == Cell::kLstm;
+  static constexpr bool kGruCell = cell == Cell::kGru;
+
+ public:
+  ForwardRun(const Forward& call, const Direction& dir, char* workspace, Barrier& barrier, int rank,
+             int members)
+      : call_(call),
+        s_(call.shape),
+        q_(call.sequences),
+        dir_(dir),
+        barrier_(barrier),
+        rank_(rank),
+        members_(members),
+        header_(*reinterpret_cast<const PackedHeader*>(dir.packed)),
+        ih_(view(dir.packed, header_.ih, format, s_.I, NV)),
+        hh_(view(dir.packed, header_.hh, format, s_.P, NV)),
+        places_(forward_places<cell, format>(call)),
+        work_(workspace),
+        first_(part(Bl::blocks(s_.H), rank)),
+        last_(part(Bl::blocks(s_.H), rank + 1)),
+        h_stride_(staged_row_bytes(format, s_.P)),
+        esize_(element_bytes(call.dtype)) {}
+
+  void run() {
+    prepare();
+    barrier_.wait(members_);
+    int now = 0;
+    bool started = false;
+    int64_t done = 0;
+    while (done < q_.T) {
+      // The chunk [begin, end) of steps, next in the direction of time.
+      int64_t begin = dir_.reverse ? q_.T - done : done, end = begin, rows = 0;
+      while (dir_.reverse ? begin > 0 : end < q_.T) {
+        const int64_t more = q_.active(dir_.reverse ? begin - 1 : end);
+        if (rows > 0 && rows + more > call_.chunk_rows) break;
+        rows += more;
+        dir_.reverse ? --begin : ++end;
+      }
+      input_products(begin, end);
+      for (int64_t i = 0; i < end - begin; ++i) {
+        const int64_t t = dir_.reverse ? end - 1 - i : begin + i;
+        step(t, q_.row_start(t) - q_.row_start(begin), now, !started && !dir_.h0);
+        started = true;
+        now ^= 1;
+      }
+      done += end - begin;
+    }
+    finish();
+  }
+
+ private:
+  int64_t part(int64_t n, int i) const { return n * i / members_; }
+  char* member() const { return work_ + places_.member + rank_ * places_.member_bytes; }
+  float* state(int64_t block, int64_t row) const {
+    return reinterpret_cast<float*>(work_ + places_.state) + (block * s_.B + row) * Bl::kUnits;
+  }
+  float* gates(int64_t block, int64_t row) const {
+    return reinterpret_cast<float*>(work_ + places_.gates) +
+           (block * call_.chunk_rows + row) * kRowFloats;
+  }
+  char* h_row(int i, int64_t r) const { return work_ + places_.h[i] + r * h_stride_; }
+  char* h_float_row(int i, int64_t r) const {
+    return work_ + places_.h_float[i] + r * staged_row_bytes(Format::kFloat32, s_.P);
+  }
+  char* m_row(int64_t r) const { return work_ + places_.m + r * staged_row_bytes(format, s_.H); }
+
+  // The initial state into the buffers. With unequal lengths and reversed time rows join later, at
+  // either buffer's turn, so both start with it.
+  void prepare() {
+    if constexpr (format == Format::kInt8) {
+      // tanh and gated averages keep a state that starts within 1 there: its scale is known.
+      search_scale_ = cell == Cell::kRelu || s_.projected || (dir_.h0 && !bounded_by_one());
+      float* scale = reinterpret_cast<float*>(member() + places_.member_h_scale);
+      for (int64_t r = 0; r < s_.B; ++r) scale[r] = 1.0f / 127.0f;
+      row_scale_ = scale;
+    }
+    for (int64_t r = part(s_.B, rank_); r < part(s_.B, rank_ + 1); ++r) {
+      const char* h0 = dir_.h0 ? dir_.h0 + q_.position(r) * s_.P * esize_ : nullptr;
+      for (int i = 0; i < 2; ++i) {
+        if (format == Format::kInt8 && search_scale_) {
+          put_row<Format::kFloat32>(h0, s_.P, h_float_row(i, r));
+        } else {
+          put_row<format>(h0, s_.P, h_row(i, r));
+        }
+        if (!(dir_.reverse && q_.sizes)) break;
+      }
+    }
+    if constexpr (kLstmCell || kGruCell) {
+      const char* first = kLstmCell ? dir_.c0 : dir_.h0;
+      for (int64_t b = first_; b < last_; ++b) {
+        const int n = lanes_left(b * Bl::kUnits, s_.H);
+        for (int64_t r = 0; r < s_.B; ++r) {
+          const int64_t at = q_.position(r) * s_.H + b * Bl::kUnits;
+          store(state(b, r), first ? load_as(call_.dtype, first + at * esize_, n) : zero());
+        }
+      }
+    }
+  }
+
+  bool bounded_by_one() const {
+    const int64_t n = s_.B * s_.P;
+    for (int64_t i = 0; i < n; i += kLanes) {
+      const Float v = load_as(call_.dtype, dir_.h0 + i * esize_, lanes_left(i, n));
+      if (any_not_le(abs(v), set1(1.0f))) return false;
+    }
+    return true;
+  }
+
+  // A row of the initial state (null: zeros) in a staged form whose scale is 1/127 if any.
+  template <Format f>
+  void put_row(const char* src, int64_t k, char* dst) {
+    for (int64_t i = 0; i < k; i += kLanes) {
+      const Float v = src ? load_as(call_.dtype, src + i * esize_, lanes_left(i, k)) : zero();
+      stage_vector<f>(staged_at<f>(dst, i), v, 127.0f);
+    }
+  }
+
+  // gates(block, row) = x W_ih' + bias for the chunk's rows and this member's blocks.
+  void input_products(int64_t begin, int64_t end) {
+    char* staged = member();
+    float* scale = reinterpret_cast<float*>(member() + places_.member_scale);
+    const int64_t stride = staged_row_bytes(format, s_.I);
+    const float* bias = reinterpret_cast<const float*>(dir_.packed + header_.input_bias);
+    int64_t t = begin, r = 0, done = 0;
+    while (t < end) {
+      int64_t n = 0;
+      for (; n < places_.stage_rows && t < end; ++n) {
+        scale[n] =
+            stage_row<format>(call_.input.at(q_, t, r), call_.dtype, s_.I, staged + n * stride);
+        if (++r == q_.active(t)) ++t, r = 0;
+      }
+      const RowTiles tiles(n, kTileRows);
+      for (int64_t b = first_; b < last_; ++b) {
+        const float* add_bias = bias + b * kRowFloats;
+        for (int64_t i = 0; i < tiles.count; ++i) {
+          const int64_t row = tiles.begin(i);
+          const int rows = static_cast<int>(tiles.begin(i + 1) - row);
+          float* out = gates(b, done + row);
+          for (int p = 0; p < Bl::kPanels; ++p) {
+            multiply_rows<format, NV>(rows, ih_, b * Bl::kPanels + p,
+                                      {staged + row * stride, stride}, out + p * NV * kLanes,
+                                      kRowFloats);
+          }
+          for (int j = 0; j < rows; ++j) {
+            for (int v = 0; v < Bl::kWidth; ++v) {
+              float* at = out + j * kRowFloats + v * kLanes;
+              Float product = load(at);
+              if constexpr (format == Format::kInt8) {
+                const Float column = load(ih_.scale + b * kRowFloats + v * kLanes);
+                product = mul(product, mul(column, set1(scale[row + j])));
+              }
+              store(at, add(product, load(add_bias + v * kLanes)));
+            }
+          }
+        }
+      }
+      done += n;
+    }
+  }
+
+  // One step: state `now` to state `now ^ 1`. `gate_row` is the step's first row of input products.
+  void step(int64_t t, int64_t gate_row, int now, bool h_is_zero) {
+    const int64_t n = q_.active(t);
+    const char* h = h_row(now, 0);
+    if constexpr (format == Format::kInt8) {
+      if (search_scale_ && !h_is_zero) {
+        char* own = member() + places_.member_h;
+        float* scale = reinterpret_cast<float*>(member() + places_.member_h_scale);
+        for (int64_t r = 0; r < n; ++r) {
+          scale[r] =
+              stage_row<format>(h_float_row(now, r), Format::kFloat32, s_.P, own + r * h_stride_);
+        }
+        h = own;
+      }
+    }
+    alignas(64) float products[kTileRows * kRowFloats];
+    if (h_is_zero) std::memset(products, 0, sizeof(products));
+    const RowTiles tiles(n, kTileRows);
+    for (int64_t i_block = 0; i_block < last_ - first_; ++i_block) {
+      // Every other step goes through the blocks backwards: it starts with those that are still in
+      // L2 where a member's share of W_hh is larger than that.
+      const int64_t b = now ? last_ - 1 - i_block : first_ + i_block;
+      for (int64_t i = 0; i < tiles.count; ++i) {
+        const int64_t row = tiles.begin(i);
+        const int rows = static_cast<int>(tiles.begin(i + 1) - row);
+        if (dir_.gates) prefetch_results(b, t, row, rows);
+        if (!h_is_zero) {
+          for (int p = 0; p < Bl::kPanels; ++p) {
+            multiply_rows<format, NV>(rows, hh_, b * Bl::kPanels + p,
+                                      {h + row * h_stride_, h_stride_}, products + p * NV * kLanes,
+                                      kRowFloats);
+          }
+        }
+        for (int j = 0; j < rows; ++j) {
+          cell_update(b, t, row + j, gates(b, gate_row + row + j), products + j * kRowFloats,
+                      now ^ 1);
+        }
+      }
+    }
+    barrier_.wait(members_);
+    if (s_.projected) project(t, n, now ^ 1);
+  }
+
+  // The lines that cell_update will fill in training: fetched while the products are computed, they
+  // are there when the stores come.
+  void prefetch_results(int64_t b, int64_t t, int64_t row, int rows) const {
+    const int64_t unit = b * Bl::kUnits * esize_;
+    for (int64_t r = row; r < row + rows; ++r) {
+      const char* gates = dir_.gates + (q_.row_start(t) + r) * 4 * s_.H * esize_ + unit;
+      for (int i = 0; i < 4; ++i) __builtin_prefetch(gates + i * s_.H * esize_, 1);
+      __builtin_prefetch(dir_.output.at(q_, t, r) + unit, 1);
+      if (dir_.cells.data) __builtin_prefetch(dir_.cells.at(q_, t, r) + unit, 1);
+    }
+  }
+
+  Float recurrent(const float* products, int64_t block, int64_t row, int v) const {
+    Float x = load(products + v * kLanes);
+    if constexpr (format == Format::kInt8) {
+      const Float column = load(hh_.scale + block * kRowFloats + v * kLanes);
+      x = mul(x, mul(column, set1(row_scale_[row])));
+    }
+    return x;
+  }
+
+  // The gates of one row and block, from x's and h's products.
+  ENCDEC_INLINE void cell_update(int64_t b, int64_t t, int64_t r, const float* gx, const float* gh,
+                                 int next) {
+    const int64_t unit = b * Bl::kUnits;
+    const auto pre = [&](int v) __attribute__((always_inline)) {
+      return add(load(gx + v * kLanes), recurrent(gh, b, r, v));
+    };
+    if constexpr (kLstmCell) {
+      const int n = lanes_left(unit, s_.H);
+      const Float i = sigmoid(pre(0)), f = sigmoid(pre(1)), g = tanh(pre(2)), o = sigmoid(pre(3));
+      const Float c = fma(f, load(state(b, r)), mul(i, g));
+      store(state(b, r), c);
+      if (dir_.cells.data) store_as(call_.dtype, dir_.cells.at(q_, t, r) + unit * esize_, c, n);
+      if (dir_.gates) save_gates(t, r, unit, n, i, f, g, o);
+      put_output(t, r, unit, n, mul(o, tanh(c)), next);
+    } else if constexpr (kGruCell) {
+      const int n = lanes_left(unit, s_.H);
+      const float* bias = reinterpret_cast<const float*>(dir_.packed + header_.recurrent_bias);
+      const Float reset = sigmoid(pre(0)), update = sigmoid(pre(1));
+      const Float inner = add(recurrent(gh, b, r, 2), load(bias + unit));
+      const Float fresh = tanh(fma(reset, inner, load(gx + 2 * kLanes)));
+      const Float h = fma(update, sub(load(state(b, r)), fresh), fresh);
+      store(state(b, r), h);
+      if (dir_.gates) save_gates(t, r, unit, n, reset, update, fresh, inner);
+      put_output(t, r, unit, n, h, next);
+    } else {
+      for (int v = 0; v < Bl::kUnitVectors && unit + v * kLanes < s_.H; ++v) {
+        const Float x = pre(v);
+        // max with the variable second keeps NaN
+        const Float h = cell == Cell::kTanh ? tanh(x) : max(zero(), x);
+        put_output(t, r, unit + v * kLanes, lanes_left(unit + v * kLanes, s_.H), h, next);
+      }
+    }
+  }
+
+  void save_gates(int64_t t, int64_t r, int64_t unit, int n, Float a, Float b, Float c, Float d) {
+    char* p = dir_.gates + ((q_.row_start(t) + r) * 4 * s_.H + unit) * esize_;
+    store_as(call_.dtype, p, a, n);
+    store_as(call_.dtype, p + s_.H * esize_, b, n);
+    store_as(call_.dtype, p + 2 * s_.H * esize_, c, n);
+    store_as(call_.dtype, p + 3 * s_.H * esize_, d, n);
+  }
+
+  // The cell's output: to the projection, or to the caller and the next step.
+  void put_output(int64_t t, int64_t r, int64_t unit, int n, Float h, int next) {
+    if (s_.projected) {
+      stage_vector<format>(staged_at<format>(m_row(r), unit), h, 127.0f);
+    } else {
+      put_state(t, r, unit, n, h, next);
+    }
+  }
+
+  void put_state(int64_t t, int64_t r, int64_t unit, int n, Float h, int next) {
+    store_as(call_.dtype, dir_.output.at(q_, t, r) + unit * esize_, h, n);
+    if (format == Format::kInt8 && search_scale_) {
+      store(reinterpret_cast<float*>(h_float_row(next, r)) + unit, h);
+    } else {
+      // What the next step reads is what the caller sees.
+      const Float seen = format == Format::kFloat16 ? rounded_to(call_.dtype, h) : h;
+      stage_vector<format>(staged_at<format>(h_row(next, r), unit), seen, 127.0f);
+    }
+  }
+
+  // h = W_hr m for this member's share of the projection's columns.
+  void project(int64_t t, int64_t n, int next) {
+    using Pl = PlainBlocking;
+    const PackedView hr = view(dir_.packed, header_.hr, format, s_.H, Pl::kVectors);
+    const int64_t stride = staged_row_bytes(format, s_.H);
+    alignas(64) float products[max_tile_rows(Pl::kVectors) * Pl::kUnits];
+    const RowTiles tiles(n, max_tile_rows(Pl::kVectors));
+    const int64_t blocks = Pl::blocks(s_.P);
+    for (int64_t b = part(blocks, rank_); b < part(blocks, rank_ + 1); ++b) {
+      for (int64_t i = 0; i < tiles.count; ++i) {
+        const int64_t row = tiles.begin(i);
+        const int rows = static_cast<int>(tiles.begin(i + 1) - row);
+        multiply_rows<format, Pl::kVectors>(rows, hr, b, {m_row(row), stride}, products,
+                                            Pl::kUnits);
+        for (int j = 0; j < rows; ++j) {
+          for (int v = 0; v < Pl::kVectors && b * Pl::kUnits + v * kLanes < s_.P; ++v) {
+            const int64_t unit = b * Pl::kUnits + v * kLanes;
+            Float h = load(products + j * Pl::kUnits + v * kLanes);
+            if constexpr (format == Format::kInt8) {
+              h = mul(h, mul(load(hr.scale + unit), set1(1.0f / 127.0f)));
+            }
+            put_state(t, row + j, unit, lanes_left(unit, s_.P), h, next);
+          }
+        }
+      }
+    }
+    barrier_.wait(members_);
+  }
+
+  // Final states: h from the output at each row's last step, c from its own buffer.
+  void finish() {
+    for (int64_t r = part(s_.B, rank_); r < part(s_.B, rank_ + 1); ++r) {
+      int64_t t = dir_.reverse ? 0 : q_.T - 1;
+      while (t > 0 && q_.active(t) <= r) --t;
+      std::memcpy(dir_.h_n + q_.position(r) * s_.P * esize_, dir_.output.at(q_, t, r),
+                  static_cast<size_t>(s_.P * esize_));
+    }
+    if constexpr (kLstmCell) {
+      for (int64_t b = first_; b < last_; ++b) {
+        const int n = lanes_left(b * Bl::kUnits, s_.H);
+        for (int64_t r = 0; r < s_.B; ++r) {
+          const int64_t at = q_.position(r) * s_.H + b * Bl::kUnits;
+          store_as(call_.dtype, dir_.c_n + at * esize_, load(state(b, r)), n);
+        }
+      }
+    }
+  }
+
+  const Forward& call_;
+  const Shape& s_;
+  const Sequences& q_;
+  const Direction& dir_;
+  Barrier& barrier_;
+  const int rank_, members_;
+  const PackedHeader& header_;
+  const PackedView ih_, hh_;
+  const ForwardPlaces places_;
+  char* const work_;
+  const int64_t first_, last_;  // own blocks
+  const int64_t h_stride_;
+  const int esize_;
+  bool search_scale_ = false;         // int8: the state's scale is not known beforehand
+  const float* row_scale_ = nullptr;  // int8: each row's scale of the state
+};
+
+template <Cell cell, Format format>
+inline void run_forward(const Forward& f) {
+  const int64_t stride = forward_places<cell, format>(f).bytes;
+  Barrier barriers[2];
+  auto body = [&](int rank, int size) {
+    // Two directions side by side need no barrier between them: half of the team each.
+    if (f.directions == 2 && size > 1) {
+      const int half = size / 2, d = rank >= half;
+      ForwardRun<cell, format>(f, f.direction[d], f.workspace + d * stride, barriers[d],
+                               d ? rank - half : rank, d ? size - half : half)
+          .run();
+      return;
+    }
+    for (int d = 0; d < f.directions; ++d) {
+      ForwardRun<cell, format>(f, f.direction[d], f.workspace, barriers[0], rank, size).run();
+    }
+  };
+  run_team(f.threads, body);
+}
+
+}  // namespace ENCDEC_ISA_NAMESPACE
+}  // namespace encdec::rnn

@@ -1,0 +1,137 @@
+// grad W += dG' X over the rows of a chunk: the product whose common dimension is the rows.
+//
+// X (rows of inputs or of previous states, wherever they lie) is packed by columns with k = row. dG
+// has its rows along k already, so that the product reads it as it lies, by columns: floats
+// directly, bf16 after two rows at a time were put together word by word.
+#pragma once
+
+#include "core/gemm.h"
+#include "core/team.h"
+#include "rnn/rnn_weights.h"
+
+namespace encdec::rnn {
+namespace ENCDEC_ISA_NAMESPACE {
+
+template <Format format>
+struct WeightGrad {
+  using Pl = PlainBlocking;
+  static constexpr int NV = Pl::kVectors;
+  static constexpr int kTileRows = max_tile_rows(NV);
+  static constexpr int kStripTiles = 4;  // tiles of gate units that pass over a panel together
+  static constexpr int kGroup = group_size(format);
+  static constexpr bool kPaired = format == Format::kBfloat16;
+
+  Format dtype;       // of X
+  const char* grads;  // dG: staged rows
+  int64_t row_bytes;
+  int64_t rows;
+  int64_t padded, units;  // units per segment of dG, and how many of them are real
+  char* buffer;           // bytes(chunk_rows, widest, row_bytes)
+  int64_t chunk_rows, widest;
+  int rank, members;
+  Barrier& barrier;
+
+  static int64_t packed_bytes(int64_t chunk_rows, int64_t width) {
+    return Pl::blocks(width) * packed_panel_bytes(format, chunk_rows, NV);
+  }
+  static int64_t bytes(int64_t chunk_rows, int64_t widest, int64_t row_bytes) {
+    return packed_bytes(chunk_rows, widest) + (kPaired ? (chunk_rows + 1) / 2 * 2 * row_bytes : 0);
+  }
+
+  // Before add(), by all members; add() has the barrier that completes it.
+  void prepare() const {
+    if constexpr (kPaired) {
+      const int64_t pairs = (rows + 1) / 2;
+      for (int64_t i = part(pairs, rank); i < part(pairs, rank + 1); ++i) {
+        const char* even = grads + 2 * i * row_bytes;
+        const char* odd = even + row_bytes;
+        for (int64_t at = 0; at + 2 * kLanes <= row_bytes; at += 2 * kLanes) {
+          const Half upper = 2 * i + 1 < rows ? load_half(odd + at) : to_bf16(zero());
+          istore(paired() + i * 2 * row_bytes + 2 * at, pair_halves(load_half(even + at), upper));
+        }
+      }
+    }
+  }
+
+  // target (gates * units, width) += or, if `overwrite`, = dG' X for the gates whose gradients are
+  // segments [first, first + gates) of dG. All members call it; it ends with a barrier.
+  template <class GateOf>
+  void add(const char* const* x_rows, int64_t width, int first, int gates, GateOf gate_of,
+           float* target, bool overwrite) const {
+    const int64_t panel = packed_panel_bytes(format, chunk_rows, NV);
+    const int64_t blocks = Pl::blocks(width);
+    for (int64_t b = part(blocks, rank); b < part(blocks, rank + 1); ++b) {
+      pack_block(x_rows, width, b * Pl::kUnits, buffer + b * panel);
+    }
+    barrier.wait(members);
+
+    PackedView x;
+    x.data = buffer;
+    x.groups = round_up(rows, kGroup) / kGroup;
+    x.panel_bytes = panel;
+    const RowTiles strips(units, kStripTiles * kTileRows);
+    const int64_t all = gates * strips.count;
+    for (int64_t s = part(all, rank); s < part(all, rank + 1); ++s) {
+      const int gate = static_cast<int>(s / strips.count);
+      const int64_t unit = strips.begin(s % strips.count);
+      const int64_t count = strips.begin(s % strips.count + 1) - unit;
+      const int64_t column = (first + gate) * padded + unit;
+      const RowsView columns = kPaired ? RowsView{paired() + column * 4, 4, 2 * row_bytes}
+                                       : RowsView{grads + column * 4, 4, row_bytes};
+      multiply_strip(x, columns, count, width, target + (gate_of(gate) * units + unit) * width,
+                     overwrite);
+    }
+    barrier.wait(members);
+  }
+
+ private:
+  int64_t part(int64_t n, int i) const { return n * i / members; }
+  char* paired() const { return buffer + packed_bytes(chunk_rows, widest); }
+
+  void multiply_strip(const PackedView& x, RowsView strip, int64_t count, int64_t width, float* out,
+                      bool overwrite) const {
+    alignas(64) float products[kTileRows * Pl::kUnits];
+    const RowTiles tiles(count, kTileRows);
+    for (int64_t b = 0; b < Pl::blocks(width); ++b) {
+      for (int64_t i = 0; i < tiles.count; ++i) {
+        const int64_t row = tiles.begin(i);
+        const int n = static_cast<int>(tiles.begin(i + 1) - row);
+        multiply_rows<format, NV>(n, x, b, strip.from(row), products, Pl::kUnits);
+        for (int j = 0; j < n; ++j) {
+          for (int v = 0; v < NV && b * Pl::kUnits + v * kLanes < width; ++v) {
+            const int64_t column = b * Pl::kUnits + v * kLanes;
+            const int lanes = lanes_left(column, width);
+            char* to = reinterpret_cast<char*>(out + (row + j) * width + column);
+            const Float product = load(products + j * Pl::kUnits + v * kLanes);
+            const Float before = overwrite ? zero() : load_as(Format::kFloat32, to, lanes);
+            store_as(Format::kFloat32, to, encdec::ENCDEC_ISA_NAMESPACE::add(before, product),
+                     lanes);
+          }
+        }
+      }
+    }
+  }
+
+  // One panel: kUnits columns of X from `column` on, all rows.
+  void pack_block(const char* const* x_rows, int64_t width, int64_t column, char* dst) const {
+    const int bytes = element_bytes(dtype);
+    for (int64_t k = 0; k < round_up(rows, kGroup); k += kGroup) {
+      for (int v = 0; v < NV; ++v, dst += kLanes * 4) {
+        const int64_t at = column + v * kLanes;
+        const int lanes = at < width ? lanes_left(at, width) : 0;
+        const auto read = [&](int64_t row) {
+          if (row >= rows || lanes == 0) return zero();
+          return load_as(dtype, x_rows[row] + at * bytes, lanes);
+        };
+        if constexpr (kPaired) {
+          istore(dst, pair_halves(to_bf16(read(k)), to_bf16(read(k + 1))));
+        } else {
+          store(reinterpret_cast<float*>(dst), read(k));
+        }
+      }
+    }
+  }
+};
+
+}  // namespace ENCDEC_ISA_NAMESPACE
+}  // namespace encdec::rnn

@@ -1,0 +1,166 @@
+// The packed weights of one direction: which column goes where, and the block of memory around
+// them.
+#pragma once
+
+#include "core/gemm.h"
+#include "core/team.h"
+#include "rnn/rnn.h"
+
+namespace encdec::rnn {
+namespace ENCDEC_ISA_NAMESPACE {
+
+using namespace encdec::ENCDEC_ISA_NAMESPACE;
+
+#if defined(__AVX512BF16__)
+constexpr Isa kIsa = Isa::kAvx512Bf16;
+#elif defined(__AVX512F__)
+constexpr Isa kIsa = Isa::kAvx512;
+#else
+constexpr Isa kIsa = Isa::kAvx2;
+#endif
+
+// A block is the columns of all gates of `units` hidden units, so that one thread has all that the
+// gates' arithmetic needs: `panels` panels of `vectors` vectors. Vector v of a block holds gate
+// gate(v) of the units from unit_offset(v) on.
+template <Cell cell>
+struct Blocking {
+  static constexpr int kVectors = cell == Cell::kGru ? 3 : 2;
+  static constexpr int kPanels = cell == Cell::kLstm ? 2 : 1;
+  static constexpr int kWidth = kPanels * kVectors;  // vectors in a block
+  static constexpr int kUnitVectors = kWidth / gate_count(cell);
+  static constexpr int kUnits = kUnitVectors * kLanes;
+  static constexpr int gate(int v) { return v / kUnitVectors; }
+  static constexpr int unit_offset(int v) { return v % kUnitVectors * kLanes; }
+  static constexpr int64_t blocks(int64_t units) { return (units + kUnits - 1) / kUnits; }
+};
+
+// A plain matrix (the projection, backward's products) is blocked like the gateless cell.
+using PlainBlocking = Blocking<Cell::kTanh>;
+
+struct MatrixPlace {
+  int64_t data, scale, start, end;
+};
+
+inline MatrixPlace place_matrix(int64_t at, Format format, int64_t k, int64_t panels, int vectors) {
+  MatrixPlace m{at, 0, 0, at + panels * packed_panel_bytes(format, k, vectors)};
+  if (format == Format::kInt8) {
+    const int64_t columns = panels * vectors * kLanes;
+    m.scale = m.end;
+    m.start = m.scale + columns * 4;
+    m.end = m.start + columns * 4;
+  }
+  m.end = round_up(m.end, 64);
+  return m;
+}
+
+template <Cell cell>
+inline PackedHeader layout(const Shape& s, Format format) {
+  using Bl = Blocking<cell>;
+  PackedHeader h{};
+  h.magic = PackedHeader::kMagic;
+  h.isa = kIsa;
+  h.cell = cell;
+  h.format = format;
+  h.projected = s.projected;
+  h.I = s.I;
+  h.H = s.H;
+  h.P = s.P;
+  const int64_t blocks = Bl::blocks(s.H);
+  const MatrixPlace ih = place_matrix(round_up(sizeof(PackedHeader), 64), format, s.I,
+                                      blocks * Bl::kPanels, Bl::kVectors);
+  const MatrixPlace hh = place_matrix(ih.end, format, s.P, blocks * Bl::kPanels, Bl::kVectors);
+  h.ih = {ih.data, ih.scale, ih.start};
+  h.hh = {hh.data, hh.scale, hh.start};
+  int64_t end = hh.end;
+  if (s.projected) {
+    const MatrixPlace hr =
+        place_matrix(end, format, s.H, PlainBlocking::blocks(s.P), PlainBlocking::kVectors);
+    h.hr = {hr.data, hr.scale, hr.start};
+    end = hr.end;
+  }
+  h.input_bias = end;
+  h.recurrent_bias = end + blocks * Bl::kWidth * kLanes * 4;
+  h.bytes = h.recurrent_bias + (cell == Cell::kGru ? round_up(blocks * Bl::kUnits * 4, 64) : 0);
+  return h;
+}
+
+inline PackedView view(const char* packed, const PackedHeader::Matrix& m, Format format, int64_t k,
+                       int vectors) {
+  PackedView v;
+  v.data = packed + m.data;
+  v.groups = round_up(k, group_size(format)) / group_size(format);
+  v.panel_bytes = packed_panel_bytes(format, k, vectors);
+  if (format == Format::kInt8) {
+    v.scale = reinterpret_cast<const float*>(packed + m.scale);
+    v.start = reinterpret_cast<const int32_t*>(packed + m.start);
+  }
+  return v;
+}
+
+// Vectors [begin, end) of a matrix of torch's, (gates * units, k), blocked for `cell`.
+template <Cell cell, Format format>
+inline void pack_matrix(const char* src, Format dtype, int64_t row_stride, int64_t units, int64_t k,
+                        char* packed, const PackedHeader::Matrix& m, int64_t begin, int64_t end) {
+  using Bl = Blocking<cell>;
+  const int bytes = element_bytes(dtype);
+  constexpr int64_t kVectorBytes = kLanes * weight_group_bytes(format);
+  for (int64_t i = begin; i < end; ++i) {
+    const int v = static_cast<int>(i % Bl::kWidth);
+    const int64_t unit = i / Bl::kWidth * Bl::kUnits + Bl::unit_offset(v);
+    const int lanes = unit < units ? lanes_left(unit, units) : 0;
+    const ColumnSource columns{src + (Bl::gate(v) * units + unit) * row_stride * bytes, dtype,
+                               row_stride, 1, lanes};
+    char* dst = packed + m.data + i / Bl::kVectors * packed_panel_bytes(format, k, Bl::kVectors) +
+                i % Bl::kVectors * kVectorBytes;
+    pack_columns<format>(columns, k, dst, Bl::kVectors * kVectorBytes,
+                         reinterpret_cast<float*>(packed + m.scale) + i * kLanes,
+                         reinterpret_cast<int32_t*>(packed + m.start) + i * kLanes);
+  }
+}
+
+template <Cell cell>
+inline void pack_biases(const Shape& s, const Weights& w, char* packed, const PackedHeader& h) {
+  using Bl = Blocking<cell>;
+  const int bytes = element_bytes(w.dtype);
+  float* input = reinterpret_cast<float*>(packed + h.input_bias);
+  float* recurrent = reinterpret_cast<float*>(packed + h.recurrent_bias);
+  for (int64_t i = 0; i < Bl::blocks(s.H) * Bl::kWidth; ++i) {
+    const int v = static_cast<int>(i % Bl::kWidth);
+    const int64_t unit = i / Bl::kWidth * Bl::kUnits + Bl::unit_offset(v);
+    const int lanes = unit < s.H ? lanes_left(unit, s.H) : 0;
+    const int64_t offset = (Bl::gate(v) * s.H + unit) * bytes;
+    Float b_ih = zero(), b_hh = zero();
+    if (w.b_ih && lanes > 0) {
+      b_ih = load_as(w.dtype, w.b_ih + offset, lanes);
+      b_hh = load_as(w.dtype, w.b_hh + offset, lanes);
+    }
+    const bool separate = cell == Cell::kGru && Bl::gate(v) == 2;
+    store(input + i * kLanes, separate ? b_ih : add(b_ih, b_hh));
+    if (separate) store(recurrent + i / Bl::kWidth * kLanes, b_hh);
+  }
+}
+
+template <Cell cell, Format format>
+inline void pack(const Shape& s, const Weights& w, int threads, char* packed) {
+  using Bl = Blocking<cell>;
+  const PackedHeader h = layout<cell>(s, format);
+  const int64_t vectors = Bl::blocks(s.H) * Bl::kWidth;
+  const int64_t plain = s.projected ? PlainBlocking::blocks(s.P) * PlainBlocking::kWidth : 0;
+  auto body = [&](int rank, int size) {
+    const auto part = [&](int64_t n, int i) { return n * i / size; };
+    pack_matrix<cell, format>(w.ih, w.dtype, w.ih_stride, s.H, s.I, packed, h.ih,
+                              part(vectors, rank), part(vectors, rank + 1));
+    pack_matrix<cell, format>(w.hh, w.dtype, w.hh_stride, s.H, s.P, packed, h.hh,
+                              part(vectors, rank), part(vectors, rank + 1));
+    if (s.projected) {
+      pack_matrix<Cell::kTanh, format>(w.hr, w.dtype, w.hr_stride, s.P, s.H, packed, h.hr,
+                                       part(plain, rank), part(plain, rank + 1));
+    }
+    if (rank == 0) pack_biases<cell>(s, w, packed, h);
+  };
+  run_team(threads, body);
+  *reinterpret_cast<PackedHeader*>(packed) = h;
+}
+
+}  // namespace ENCDEC_ISA_NAMESPACE
+}  // namespace encdec::rnn

@@ -1,0 +1,183 @@
+"""What the recurrent modules share: from a module and its arguments to a network of ops."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple, TypeAlias
+
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import PackedSequence
+
+from encdec_fast.backends import Description
+from encdec_fast.ops import _checks, _recurrent
+from encdec_fast.ops._call import WEIGHT_DTYPES, LayerResult, State
+from encdec_fast.ops._layer import LayerOp
+from encdec_fast.ops._recurrent import Network
+
+Lengths: TypeAlias = Tensor | Sequence[int] | None
+
+
+_KINDS = {"LSTM": "lstm", "GRU": "gru", "RNN_TANH": "rnn_tanh", "RNN_RELU": "rnn_relu"}
+
+
+class _Arguments(NamedTuple):
+    """What a call is made of, in the form that `_recurrent.run` takes."""
+
+    net: Network
+    input: Tensor
+    h0: State
+    c0: State
+    weights: list[Tensor]
+    dropout: float
+    lengths: State
+    batch_sizes: State
+    cell_states: bool
+
+
+class RecurrentModule(torch.nn.RNNBase):
+    """What a recurrent module of this package adds to torch's.
+
+    weight_dtype: None, torch.bfloat16 or "int8": the dtype in which inference holds the weights.
+    It is no part of the state_dict.
+    """
+
+    weight_dtype: torch.dtype | str | None = None
+    _op: LayerOp
+
+    def _weights(self) -> list[Tensor]:
+        """The weights in torch's order, as they are now: functional_call swaps them."""
+        parameters: Any = self._parameters
+        try:
+            return [parameters[name] for name in self._flat_weights_names]
+        except KeyError:  # weight_norm, pruning and the like keep some as plain attributes
+            return [getattr(self, name) for name in self._flat_weights_names]
+
+    def _network(self) -> Network:
+        return Network(
+            self._op,
+            _KINDS[self.mode],
+            self.num_layers,
+            self.bidirectional,
+            self.batch_first,
+            self.proj_size > 0,
+            WEIGHT_DTYPES[self.weight_dtype],
+        )
+
+    def _states(self, hx: Any, dim: int) -> tuple[State, State] | None:
+        """(h0, c0), of `dim` dimensions each, or None if that is not what `hx` holds."""
+        if hx is None:
+            return None, None
+        if self.mode == "LSTM":
+            if not isinstance(hx, (tuple, list)) or len(hx) != 2:
+                return None
+            h0, c0 = hx
+            if not isinstance(c0, Tensor) or c0.dim() != dim:
+                return None
+        else:
+            h0, c0 = hx, None
+        return (h0, c0) if isinstance(h0, Tensor) and h0.dim() == dim else None
+
+    def _arguments(
+        self, input: Any, hx: Any, lengths: Lengths, cell_states: bool
+    ) -> _Arguments | None:
+        """The arguments of the network of ops, or None where torch must decide."""
+        net = self._network()
+        weights = self._weights()
+        dropout = self.dropout if self.training else 0.0
+        if isinstance(input, PackedSequence):
+            if lengths is not None:
+                raise ValueError("lengths needs a padded 3-D input: a PackedSequence has its own")
+            states = self._states(hx, 3)
+            if states is None:
+                return None
+            h0, c0 = states
+            order = input.sorted_indices
+            if h0 is not None and order is not None:
+                h0 = h0.index_select(1, order)
+                c0 = None if c0 is None else c0.index_select(1, order)
+            batch_sizes = input.batch_sizes
+            return _Arguments(
+                net, input.data, h0, c0, weights, dropout, None, batch_sizes, cell_states
+            )
+        dim = input.dim()
+        states = self._states(hx, dim) if dim in (2, 3) else None
+        if states is None:
+            return None
+        h0, c0 = states
+        if dim == 2:
+            if lengths is not None:
+                raise ValueError("lengths needs a batched 3-D input, not a single 2-D sequence")
+            input = input.unsqueeze(0 if self.batch_first else 1)
+            h0 = None if h0 is None else h0.unsqueeze(1)
+            c0 = None if c0 is None else c0.unsqueeze(1)
+        checked = None
+        if lengths is not None:
+            checked = _checks.as_lengths(lengths, input, self.batch_first)
+        return _Arguments(net, input, h0, c0, weights, dropout, checked, None, cell_states)
+
+    def _run(
+        self, input: Any, hx: Any, lengths: Lengths, cell_states: bool
+    ) -> tuple[Any, Any, Any, Any] | None:
+        """(output, h_n, c_n, cells), in the form of the input; None where torch must decide."""
+        if type(input) is Tensor and hx is None and lengths is None and input.dim() == 3:
+            # What every call would do, with nothing left to convert: small calls feel the rest.
+            dropout = self.dropout if self.training else 0.0
+            return _recurrent.run(
+                self._network(),
+                input,
+                None,
+                None,
+                self._weights(),
+                dropout,
+                None,
+                None,
+                cell_states,
+            )
+        arguments = self._arguments(input, hx, lengths, cell_states)
+        if arguments is None:
+            return None
+        result = _recurrent.run(*arguments)
+        if result is None:
+            return None
+        if arguments.batch_sizes is not None:
+            return _packed(result, input)
+        if input.dim() == 2:
+            return _recurrent.unbatched(result, self.batch_first)
+        return result
+
+    def _decline(self, lengths: Lengths, cell_states: bool) -> None:
+        """TypeError for what torch accepts, but not together with this package's own options."""
+        if lengths is not None or cell_states or self.weight_dtype is not None:
+            raise TypeError(
+                "lengths, return_cell_states and weight_dtype need plain tensors of one dtype: "
+                "torch's own module, which runs these arguments, does not have them"
+            )
+
+    def _encdec_fast_describe(
+        self,
+        input: Any,
+        hx: Any = None,
+        *,
+        lengths: Lengths = None,
+        return_cell_states: bool = False,
+    ) -> Description:
+        """What `explain` asks of a module."""
+        arguments = self._arguments(input, hx, lengths, return_cell_states)
+        if arguments is None or not _recurrent.accepts(*arguments):
+            raise TypeError("explain: these arguments do not fit the module; call it for the error")
+        return _recurrent.describe_network(*arguments)
+
+
+def _packed(result: LayerResult, input: PackedSequence) -> tuple[Any, Any, Any, Any]:
+    """Results as PackedSequence, and states in the order that the sequences had before packing."""
+    output, h_n, c_n, cells = result
+    _, batch_sizes, order, back = input
+    if back is not None:
+        h_n = h_n.index_select(1, back)
+        c_n = None if c_n is None else c_n.index_select(1, back)
+
+    def pack(values: State) -> PackedSequence | None:
+        return None if values is None else PackedSequence(values, batch_sizes, order, back)
+
+    return pack(output), h_n, c_n, pack(cells)

@@ -1,0 +1,121 @@
+"""What a backend needs to know of a call of a recurrent layer: its metadata, never its values."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple, TypeAlias
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+State: TypeAlias = Tensor | None
+# output, h_n, c_n (LSTM only), every c_t (LSTM only, where asked for)
+LayerResult: TypeAlias = tuple[Tensor, Tensor, State, State]
+
+PLAIN_TYPES = frozenset({Tensor, torch.nn.Parameter})
+CELLS = {"lstm": 0, "gru": 1, "rnn_tanh": 2, "rnn_relu": 3}  # as the C++ ops number them
+GATES = {"lstm": 4, "gru": 3, "rnn_tanh": 1, "rnn_relu": 1}
+WEIGHT_DTYPES = {None: "", torch.bfloat16: "bfloat16", "bfloat16": "bfloat16", "int8": "int8"}
+
+
+class RecurrentCall(NamedTuple):
+    """One layer of a recurrent network, as its backends see it.
+
+    kind: lstm, gru, rnn_tanh or rnn_relu. weights: tensors per direction, 2 to 5.
+    weight_dtype: "" (that of the parameters), "bfloat16" or "int8".
+    ragged: "" (all sequences have T steps), "lengths" (padded), "packed" (PackedSequence) or "step"
+        (a cell: one step).
+    context: "" for plain tensors, or what stands between the call and its values; see `context_of`.
+    """
+
+    kind: str
+    dtype: torch.dtype
+    device: str
+    training: bool
+    weights: int
+    bidirectional: bool
+    batch_first: bool
+    cell_states: bool
+    weight_dtype: str
+    ragged: str
+    context: str
+    empty: bool
+
+    @property
+    def bias(self) -> bool:
+        return self.weights >= 4
+
+    @property
+    def projected(self) -> bool:
+        return self.weights in (3, 5)
+
+    @property
+    def directions(self) -> int:
+        return 2 if self.bidirectional else 1
+
+
+def make_call(
+    kind: str,
+    layer: Sequence[Any],
+    bidirectional: bool,
+    batch_first: bool,
+    cell_states: bool = False,
+    weight_dtype: str = "",
+    training: bool = False,
+) -> RecurrentCall:
+    """The metadata of a call of an op; layer: input, weights, h0, c0, lengths, batch_sizes."""
+    input, weights, _, _, lengths, batch_sizes = layer
+    return RecurrentCall(
+        kind,
+        input.dtype,
+        input.device.type,
+        training,
+        len(weights) // 2 if bidirectional else len(weights),
+        bidirectional,
+        batch_first,
+        cell_states,
+        weight_dtype,
+        "lengths" if lengths is not None else "packed" if batch_sizes is not None else "",
+        "",
+        False,
+    )
+
+
+def context_of(input: Tensor, weights: list[Tensor]) -> str:
+    """What stands between this call and the values of its tensors.
+
+    "": nothing. "dispatch": a dispatch mode or a tracer watches, so the generic op must be called.
+    "grad": torch.func's grad or vjp only. "transform": vmap, jvp and the like, or forward-mode
+    gradients. "subclass": a tensor type that is not torch's own.
+    """
+    if torch._C._are_functorch_transforms_active():
+        return _transform()
+    if forward_ad._current_level >= 0:
+        return "transform"
+    if torch._C._len_torch_dispatch_stack() or torch._C._get_tracing_state() is not None:
+        return "dispatch"
+    if type(input) not in PLAIN_TYPES:
+        return "subclass"
+    for weight in weights:
+        if type(weight) not in PLAIN_TYPES:
+            return "subclass"
+    return ""
+
+
+def _transform() -> str:
+    stack: Any = torch._C._functorch.get_interpreter_stack()
+    grad = torch._C._functorch.TransformType.Grad
+    return "grad" if all(level.key() == grad for level in stack) else "transform"
+
+
+def needs_grad(input: Tensor, h0: State, c0: State, weights: list[Tensor]) -> bool:
+    """Whether autograd will want the gradient of something in this call."""
+    if not torch.is_grad_enabled():
+        return False
+    if input.requires_grad:
+        return True
+    for weight in weights:
+        if weight.requires_grad:
+            return True
+    return (h0 is not None and h0.requires_grad) or (c0 is not None and c0.requires_grad)

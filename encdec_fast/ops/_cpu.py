@@ -1,0 +1,192 @@
+"""The `cpu` backend: the C++ kernels of csrc/rnn, forward and backward."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from encdec_fast.backends import Backend, library
+from encdec_fast.ops._call import CELLS, GATES, LayerResult, RecurrentCall, State
+from encdec_fast.ops._packing import packed
+
+# As rnn_pack numbers them: the dtype of a call, or its weight_dtype.
+_FORMATS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, "bfloat16": 1, "int8": 3}
+_CONTEXTS = {
+    "autocast": "torch.autocast is on",
+    "grad": "torch.func transforms it",
+    "transform": "torch.func or forward-mode autograd transforms it",
+    "subclass": "a tensor is of a type that is not torch's own",
+}
+
+
+def why_not(call: RecurrentCall) -> list[str]:
+    reasons = []
+    if library.ops_reason():
+        reasons.append(library.ops_reason())
+    if call.device != "cpu":
+        reasons.append(f"the tensors are on {call.device}")
+    if call.dtype not in _FORMATS:
+        reasons.append(f"dtype {call.dtype} is none of float32, bfloat16, float16")
+    elif call.training and call.dtype == torch.float16:
+        reasons.append("it trains in float32 and bfloat16, not in float16")
+    if call.training and call.projected:
+        reasons.append("it has no gradients for proj_size")
+    if call.training and call.ragged == "step":
+        reasons.append("where a gradient is needed a single step is torch's")
+    if call.context in _CONTEXTS:
+        reasons.append(_CONTEXTS[call.context])
+    if call.empty:
+        reasons.append("the batch is empty")
+    return reasons
+
+
+def _pack(call: RecurrentCall, weights: list[Tensor], again: bool = False) -> list[Tensor]:
+    weight_format = _FORMATS[call.weight_dtype or call.dtype]
+    if not call.bidirectional:
+        return [packed(call.kind, weights, weight_format, again=again)]
+    half = len(weights) // 2
+    if weights[0].shape != weights[half].shape or weights[1].shape != weights[half + 1].shape:
+        raise RuntimeError(f"{call.kind}: both directions must have weights of the same shapes")
+    return [
+        packed(call.kind, weights[:half], weight_format, again=again),
+        packed(call.kind, weights[half:], weight_format, again=again),
+    ]
+
+
+def _rows(tensor: Any) -> Any:
+    """`tensor` with contiguous features, as the kernels read it."""
+    if tensor is None or tensor.stride(-1) == 1:
+        return tensor
+    return tensor.clone(memory_format=torch.contiguous_format)
+
+
+def _whole(tensor: State) -> State:
+    return None if tensor is None else tensor.contiguous()
+
+
+def _forward(
+    call: RecurrentCall,
+    input: Tensor,
+    weights: list[Tensor],
+    h0: State,
+    c0: State,
+    lengths: State,
+    batch_sizes: State,
+    save: bool,
+) -> list[Tensor]:
+    if input.stride(-1) != 1:
+        input = _rows(input)
+    if h0 is not None:
+        h0, c0 = h0.contiguous(), _whole(c0)
+    if lengths is not None:
+        lengths = lengths.contiguous()
+    run = torch.ops.encdec_fast_cpu.rnn_forward.default
+    fixed = (h0, c0, lengths, batch_sizes, call.batch_first, call.cell_states, save)
+    result: list[Tensor] = run(CELLS[call.kind], input, weights, _pack(call, weights), *fixed)
+    while not result:  # the values are not those that were packed; they may even change meanwhile
+        blobs = _pack(call, weights, again=True)
+        result = run(CELLS[call.kind], input, weights, blobs, *fixed)
+    return result
+
+
+def run(
+    call: RecurrentCall,
+    input: Tensor,
+    weights: list[Tensor],
+    h0: State,
+    c0: State,
+    lengths: State,
+    batch_sizes: State,
+) -> LayerResult:
+    result = _forward(call, input, weights, h0, c0, lengths, batch_sizes, False)
+    if call.kind != "lstm":
+        return result[0], result[1], None, None
+    return result[0], result[1], result[2], result[3] if call.cell_states else None
+
+
+def train(
+    call: RecurrentCall,
+    input: Tensor,
+    weights: list[Tensor],
+    h0: State,
+    c0: State,
+    lengths: State,
+    batch_sizes: State,
+) -> tuple[Tensor, Tensor, State, State, Tensor]:
+    result = _forward(call, input, weights, h0, c0, lengths, batch_sizes, True)
+    if call.kind != "lstm":
+        return result[0], result[1], None, None, result[2]
+    return result[0], result[1], result[2], result[3], result[4]
+
+
+def backward(
+    call: RecurrentCall,
+    grads: tuple[State, State, State, State],
+    input: Tensor,
+    weights: list[Tensor],
+    h0: State,
+    c0: State,
+    lengths: State,
+    batch_sizes: State,
+    output: Tensor,
+    cells: State,
+    gates: Tensor,
+) -> tuple[Tensor, list[Tensor], Tensor, State]:
+    grad_output, grad_h_n, grad_c_n, grad_cells = grads
+    directions, saved = call.directions, 4 if call.kind in ("lstm", "gru") else 0
+    # The rows come before the padding that the op may have put behind them.
+    rows = output.shape[0] if batch_sizes is not None else output.shape[0] * output.shape[1]
+    if lengths is not None:
+        rows = int(lengths.sum())
+    hidden = output.shape[-1] // directions
+    used = gates[: directions * rows * saved * hidden].view(directions, rows, saved, hidden)
+    result: list[Any] = torch.ops.encdec_fast_cpu.rnn_backward.default(
+        CELLS[call.kind],
+        _rows(input),
+        weights,
+        _whole(h0),
+        _whole(c0),
+        _whole(lengths),
+        batch_sizes,
+        call.batch_first,
+        output,
+        cells,
+        used,
+        _rows(grad_output),
+        _whole(grad_h_n),
+        _whole(grad_c_n),
+        _rows(grad_cells),
+    )
+    if call.kind != "lstm":
+        return result[0], result[2:], result[1], None
+    return result[0], result[3:], result[1], result[2]
+
+
+def plan(call: RecurrentCall, steps: int, rows: int, batch: int, weights: list[Tensor]) -> str:
+    """How the kernels would cut a layer of a call, in words; empty without the compiled module.
+
+    rows: the number of real steps over all sequences.
+    """
+    if library.extension is None:
+        return ""
+    hidden = weights[1].shape[0] // GATES[call.kind]
+    number = _FORMATS[call.weight_dtype or call.dtype]
+    text: str = library.extension.rnn_plan(
+        CELLS[call.kind],
+        steps,
+        rows,
+        batch,
+        weights[0].shape[1],
+        hidden,
+        weights[1].shape[1],
+        call.directions,
+        ("float32", "bfloat16", "float16", "int8")[number],
+        torch.get_num_threads(),
+    )
+    return text
+
+
+INFERENCE = Backend("cpu", run, why_not)
+TRAINING = Backend("cpu", train, why_not, backward=backward)

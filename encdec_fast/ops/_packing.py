@@ -1,0 +1,101 @@
+"""Weights packed for the CPU kernels, kept for as long as the parameters they were made from.
+
+A stale pack is a wrong result. An entry belongs to exactly these tensor objects (it goes when any
+of them dies), and is used only while each has the memory and the version counter that it was packed
+from. What leaves neither trace (`p.data.add_()`, tensors made under inference_mode) is caught by
+the kernel, which compares a fingerprint of the values when it runs. A change of a few elements
+through `.data` can escape even that: call `repack`.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+import weakref
+from collections.abc import Iterable
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor
+
+from encdec_fast.ops._call import CELLS
+from encdec_fast.ops._checks import check_weights
+
+_Key: TypeAlias = tuple[Any, ...]
+
+
+class _Entry:
+    """One direction's pack, the traces of the weights in it, and what drops it when they die."""
+
+    __slots__ = ("blob", "pointers", "references", "versions")
+
+    def __init__(self, key: _Key, weights: list[Tensor], blob: Tensor) -> None:
+        self.blob = blob
+        self.pointers = [weight.data_ptr() for weight in weights]
+        # Inference tensors have no version counter: reading it raises.
+        tracked = not any(weight.is_inference() for weight in weights)
+        self.versions = [weight._version for weight in weights] if tracked else None
+
+        def drop(_: Any) -> None:
+            _entries.pop(key, None)
+
+        self.references = [weakref.ref(weight, drop) for weight in weights]
+
+    def fresh(self, weights: list[Tensor]) -> bool:
+        if self.pointers != [weight.data_ptr() for weight in weights]:
+            return False
+        return self.versions is None or self.versions == [weight._version for weight in weights]
+
+
+# By the identity of a direction's weights. Python's own lock makes each get, set and pop atomic;
+# `_packing` only keeps two threads from making the same pack at once.
+_entries: dict[_Key, _Entry] = {}
+_packing = threading.Lock()
+
+
+def _after_fork() -> None:
+    """Another thread may have held the lock when the process forked; nobody in the child does."""
+    global _packing
+    _packing = threading.Lock()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork)
+
+
+def packed(kind: str, weights: list[Tensor], weight_format: int, *, again: bool = False) -> Tensor:
+    """The packed form of one direction's weights; made where it is missing, stale or `again`.
+
+    kind: of the call. weight_format: as in `encdec_fast_cpu::rnn_pack`. weights: w_ih, w_hh, b_ih,
+    b_hh, w_hr, without those that the layer does not have. Returns an opaque uint8 tensor;
+    RuntimeError if the weights do not fit each other.
+    """
+    key = (weight_format, kind, *map(id, weights))
+    entry = _entries.get(key)
+    if entry is not None and not again and entry.fresh(weights):
+        return entry.blob
+    check_weights(kind, weights)
+    with _packing:
+        entry = _entries.get(key)
+        if entry is None or again or not entry.fresh(weights):
+            # Traces first: a change while the kernel packs must leave the entry stale.
+            entry = _Entry(key, weights, torch.empty(0))
+            entry.blob = torch.ops.encdec_fast_cpu.rnn_pack(CELLS[kind], weights, weight_format)
+            _entries[key] = entry
+        return entry.blob
+
+
+def repack(what: torch.nn.Module | Tensor | Iterable[Tensor]) -> None:
+    """Forget the packed form of these weights; the next call packs them anew.
+
+    Needed only after a change that no trace shows: a few elements written through `.data`, numpy or
+    another process. what: a module (with all its parameters and buffers), a tensor or tensors.
+    """
+    if isinstance(what, torch.nn.Module):
+        tensors: list[Tensor] = [*what.parameters(), *what.buffers()]
+    else:
+        tensors = [what] if isinstance(what, Tensor) else list(what)
+    identities = {id(tensor) for tensor in tensors}
+    for key in list(_entries):
+        if not identities.isdisjoint(key[2:]):
+            _entries.pop(key, None)

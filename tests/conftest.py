@@ -1,0 +1,46 @@
+"""What every test shares: seeds, a fixed number of threads, and which backends can run here."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from encdec_fast.backends import library
+
+NATIVE = not library.ops_reason()
+# `make test` sets it: there a library that does not load is a failure, not a reason to skip.
+REQUIRE_NATIVE = bool(os.environ.get("ENCDEC_FAST_REQUIRE_NATIVE"))
+
+
+@pytest.fixture(params=["cpu", "torch", "reference"])
+def backend(request: pytest.FixtureRequest) -> str:
+    """Every backend of the recurrent ops, one after the other."""
+    name: str = request.param
+    if name == "cpu":
+        skip_without_native()
+    return name
+
+
+@pytest.fixture
+def native() -> None:
+    """For tests that need the compiled library."""
+    skip_without_native()
+
+
+def skip_without_native() -> None:
+    if not NATIVE and not REQUIRE_NATIVE:
+        pytest.skip(library.ops_reason())
+    assert NATIVE, library.ops_reason()
+
+
+@pytest.fixture(autouse=True)
+def reproducible() -> Iterator[None]:
+    """The same random numbers whatever ran before, and nobody's thread count but our own."""
+    threads = torch.get_num_threads()
+    torch.manual_seed(0)
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(threads)

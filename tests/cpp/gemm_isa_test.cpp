@@ -1,0 +1,158 @@
+// The matrix product against sums in double: every tile height, every format, ragged sizes, sources
+// in any orientation. int8 results are integers and must be exact.
+#include <cmath>
+#include <vector>
+
+#include "check.h"
+#include "core/gemm.h"
+
+using namespace encdec;
+using namespace encdec::ENCDEC_ISA_NAMESPACE;
+
+namespace {
+
+uint32_t state = 1;
+float next() {  // in [-1, 1)
+  state = state * 1664525u + 1013904223u;
+  return static_cast<float>(static_cast<int32_t>(state)) / 2147483648.0f;
+}
+
+char* aligned(std::vector<char>& v) {
+  return reinterpret_cast<char*>((reinterpret_cast<uintptr_t>(v.data()) + 63) & ~uintptr_t{63});
+}
+
+template <Format format>
+double as_stored(float x) {  // what a number is after packing, int8 aside
+  if (format == Format::kFloat32 || format == Format::kInt8) return x;
+  alignas(64) float out[kLanes];
+  store(out, format == Format::kBfloat16 ? from_bf16(to_bf16(set1(x))) : from_f16(to_f16(set1(x))));
+  return out[0];
+}
+
+template <Format format, int NV>
+void test_product(int64_t k, bool transposed) {
+  const int columns = NV * kLanes - 3;  // the last vector is not full
+  std::vector<float> w(static_cast<size_t>(columns * k));
+  for (float& x : w) x = next();
+  const auto weight = [&](int64_t c, int64_t i) {
+    return w[static_cast<size_t>(transposed ? i * columns + c : c * k + i)];
+  };
+  std::vector<char> memory(static_cast<size_t>(packed_panel_bytes(format, k, NV)) + 64, 0x7f);
+  std::vector<float> scale(NV * kLanes);
+  std::vector<int32_t> start(NV * kLanes);
+  PackedView view;
+  view.data = aligned(memory);
+  view.groups = round_up(k, group_size(format)) / group_size(format);
+  view.panel_bytes = packed_panel_bytes(format, k, NV);
+  view.start = start.data();
+  view.scale = scale.data();
+  const int64_t vector_bytes = kLanes * weight_group_bytes(format);
+  for (int v = 0; v < NV; ++v) {
+    const int64_t c = v * kLanes;
+    pack_columns<format>(
+        {reinterpret_cast<const char*>(w.data() + (transposed ? c : c * k)), Format::kFloat32,
+         transposed ? 1 : k, transposed ? columns : 1, lanes_left(c, columns)},
+        k, aligned(memory) + v * vector_bytes, NV * vector_bytes, scale.data() + c,
+        start.data() + c);
+  }
+
+  for (int rows = 1; rows <= max_tile_rows(NV); ++rows) {
+    std::vector<float> x(static_cast<size_t>(rows * k));
+    for (float& value : x) value = next();
+    const int64_t stride = staged_row_bytes(format, k);
+    std::vector<char> staged(static_cast<size_t>(rows * stride) + 64, 0x7f);
+    std::vector<float> row_scale(static_cast<size_t>(rows));
+    for (int r = 0; r < rows; ++r) {
+      row_scale[r] = stage_row<format>(reinterpret_cast<const char*>(x.data() + r * k),
+                                       Format::kFloat32, k, aligned(staged) + r * stride);
+    }
+    std::vector<float> out(static_cast<size_t>(rows * NV * kLanes), NAN);
+    multiply_rows<format, NV>(rows, view, 0, {aligned(staged), stride}, out.data(), NV * kLanes);
+    for (int r = 0; r < rows; ++r) {
+      for (int c = 0; c < NV * kLanes; ++c) {
+        double sum = 0.0, size = 0.0;
+        for (int64_t i = 0; i < k && c < columns; ++i) {
+          double a = as_stored<format == Format::kFloat16 ? Format::kFloat32 : format>(
+              x[static_cast<size_t>(r * k + i)]);
+          double b = as_stored<format>(weight(c, i));
+          if (format == Format::kInt8) {
+            a = std::nearbyint(a * (1 / row_scale[r]));
+            b = std::nearbyint(b / scale[c]);
+          }
+          sum += a * b;
+          size += std::fabs(a * b);
+        }
+        // int8: a number within an ulp of a half may round either way in the model above.
+        CHECK_NEAR(out[r * NV * kLanes + c], sum,
+                   format == Format::kInt8 ? 254.5 : size * 2e-6 + 1e-30);
+      }
+    }
+  }
+}
+
+template <Format format>
+void test_format() {
+  for (const int64_t k : {1, 2, 3, 4, 5, 31, 32, 33, 64, 100, 257}) {
+    test_product<format, 2>(k, false);
+    test_product<format, 3>(k, false);
+    test_product<format, 2>(k, true);
+  }
+}
+
+// Whole numbers have exact int8 forms, so the sums must be exact, saturation included: 255 x 127.
+void test_int8_is_exact() {
+  constexpr int64_t k = 1000;
+  std::vector<float> w(2 * kLanes * k, 127.0f);
+  std::vector<char> memory(static_cast<size_t>(packed_panel_bytes(Format::kInt8, k, 2)) + 64);
+  std::vector<float> scale(2 * kLanes);
+  std::vector<int32_t> start(2 * kLanes);
+  for (int v = 0; v < 2; ++v) {
+    pack_columns<Format::kInt8>(
+        {reinterpret_cast<const char*>(w.data()), Format::kFloat32, k, 1, kLanes}, k,
+        aligned(memory) + v * kLanes * 4, 2 * kLanes * 4, scale.data() + v * kLanes,
+        start.data() + v * kLanes);
+  }
+  PackedView view{aligned(memory), k / 4, packed_panel_bytes(Format::kInt8, k, 2), start.data(),
+                  scale.data()};
+  std::vector<char> row(static_cast<size_t>(staged_row_bytes(Format::kInt8, k)) + 64);
+  std::vector<float> x(k, 127.0f);
+  const float s = stage_row<Format::kInt8>(reinterpret_cast<const char*>(x.data()),
+                                           Format::kFloat32, k, aligned(row));
+  CHECK_EQ(s, 1.0f);
+  std::vector<float> out(2 * kLanes);
+  multiply_rows<Format::kInt8, 2>(1, view, 0, {aligned(row), 0}, out.data(), 2 * kLanes);
+  for (const float value : out) CHECK_EQ(value, 127.0f * 127.0f * k);
+
+  // A NaN or an infinity makes the row's scale NaN; a row of zeros has none.
+  x[3] = INFINITY;
+  CHECK(std::isnan(stage_row<Format::kInt8>(reinterpret_cast<const char*>(x.data()),
+                                            Format::kFloat32, k, aligned(row))));
+  x.assign(k, 0.0f);
+  CHECK_EQ(stage_row<Format::kInt8>(reinterpret_cast<const char*>(x.data()), Format::kFloat32, k,
+                                    aligned(row)),
+           0.0f);
+}
+
+void test_row_tiles() {
+  for (int64_t rows = 0; rows < 100; ++rows) {
+    const RowTiles tiles(rows, 14);
+    int64_t sum = 0;
+    for (int64_t i = 0; i < tiles.count; ++i) {
+      const int64_t n = tiles.begin(i + 1) - tiles.begin(i);
+      CHECK(n >= 1 && n <= 14 && n >= rows / tiles.count && n <= rows / tiles.count + 1);
+      sum += n;
+    }
+    CHECK_EQ(sum, rows);
+  }
+}
+
+}  // namespace
+
+void run_tests() {
+  test_format<Format::kFloat32>();
+  test_format<Format::kBfloat16>();
+  test_format<Format::kFloat16>();
+  test_format<Format::kInt8>();
+  test_int8_is_exact();
+  test_row_tiles();
+}

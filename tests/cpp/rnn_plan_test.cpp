@@ -1,0 +1,46 @@
+// The order of unequal sentences, and the bounds of a plan.
+#include "rnn/rnn_plan.h"
+
+#include "check.h"
+
+using namespace encdec;
+using namespace encdec::rnn;
+
+void run_tests() {
+  const int64_t lengths[] = {2, 5, 1, 5, 3};
+  SequenceOrder order;
+  const Sequences q = order.from_lengths(lengths, 5, 7);
+  CHECK_EQ(q.T, 5);  // nothing runs at the last two of the seven steps
+  CHECK_EQ(q.B, 5);
+  const int64_t sizes[] = {5, 4, 3, 2, 2}, rows[] = {1, 3, 4, 0, 2};
+  for (int i = 0; i < 5; ++i) {
+    CHECK_EQ(q.active(i), sizes[i]);
+    CHECK_EQ(q.position(i), rows[i]);  // equal lengths keep their order
+  }
+  CHECK_EQ(q.rows(), 16);
+  CHECK_EQ(q.row_start(2), 9);
+
+  SequenceOrder packed_order;
+  const Sequences packed = packed_order.from_batch_sizes(sizes, 5);
+  CHECK(packed.packed && packed.B == 5 && packed.rows() == 16);
+  char memory[1];
+  const StepTensor tensor{memory, 100, 8};
+  CHECK_EQ(tensor.at(packed, 2, 1) - memory, 10 * 8);
+  CHECK_EQ(tensor.at(q, 2, 1) - memory, 2 * 100 + 3 * 8);
+
+  for (const Cell cell : {Cell::kLstm, Cell::kGru, Cell::kTanh}) {
+    for (const int64_t B : {1, 8, 5000}) {
+      for (const int64_t H : {1, 16, 1024}) {
+        for (const int threads : {1, 2, 64}) {
+          const Shape s{cell, 20, B, H, H, H, false};
+          const Plan p = make_plan(s, 20 * B, 2, Format::kFloat32, threads);
+          CHECK(p.threads >= 1 && p.threads <= threads);
+          CHECK(p.chunk_rows >= B && p.chunk_rows <= 20 * B);
+          const Plan b = make_backward_plan(s, 20 * B, threads);
+          CHECK(b.threads >= 1 && b.threads <= threads);
+          CHECK(b.chunk_rows >= B && b.chunk_rows <= 20 * B);
+        }
+      }
+    }
+  }
+}

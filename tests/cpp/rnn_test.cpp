@@ -1,0 +1,279 @@
+// The recurrent kernels of every instruction set that this processor has, on buffers of exactly the
+// needed size (AddressSanitizer watches their ends): forward against loops in double, backward
+// against differences of forward.
+#include "rnn/rnn.h"
+
+#include <cmath>
+#include <functional>
+#include <vector>
+
+#include "check.h"
+#include "rnn/rnn_plan.h"
+
+using namespace encdec;
+using namespace encdec::rnn;
+
+namespace {
+
+uint32_t state = 7;
+float next() {  // in [-1, 1)
+  state = state * 1664525u + 1013904223u;
+  return static_cast<float>(static_cast<int32_t>(state)) / 2147483648.0f;
+}
+std::vector<float> random_floats(int64_t n, float scale) {
+  std::vector<float> v(static_cast<size_t>(n));
+  for (float& x : v) x = next() * scale;
+  return v;
+}
+template <class T>
+char* chars(std::vector<T>& v) {
+  return reinterpret_cast<char*>(v.data());
+}
+// A vector whose storage starts at a cache line and ends where it ends.
+struct Lines {
+  explicit Lines(int64_t bytes)
+      : data(static_cast<char*>(std::aligned_alloc(64, static_cast<size_t>(round_up(bytes, 64))))) {
+  }
+  ~Lines() { std::free(data); }
+  char* data;
+};
+
+struct Case {
+  Shape shape;
+  bool reverse, unequal, biased;
+  int threads;
+};
+
+// One direction of one layer, float32, padded (T, B) input.
+struct Layer {
+  Case c;
+  std::vector<float> x, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr;
+  std::vector<float> y, cells, h_n, c_n, gates;
+  std::vector<int64_t> lengths;
+  SequenceOrder order;
+  Sequences q;
+
+  explicit Layer(const Case& c) : c(c) {
+    const Shape& s = c.shape;
+    const int64_t G = gate_count(s.cell);
+    x = random_floats(s.T * s.B * s.I, 1.0f);
+    h0 = random_floats(s.B * s.P, 0.9f);
+    c0 = random_floats(s.B * s.H, 1.5f);
+    w_ih = random_floats(G * s.H * s.I, 0.4f);
+    w_hh = random_floats(G * s.H * s.P, 0.4f);
+    b_ih = random_floats(G * s.H, 0.4f);
+    b_hh = random_floats(G * s.H, 0.4f);
+    if (s.projected) w_hr = random_floats(s.P * s.H, 0.4f);
+    q.T = s.T;
+    q.B = s.B;
+    if (c.unequal) {
+      for (int64_t b = 0; b < s.B; ++b) lengths.push_back(1 + (b * 5 + 2) % s.T);
+      q = order.from_lengths(lengths.data(), s.B, s.T);
+    }
+  }
+
+  Weights weights() {
+    const Shape& s = c.shape;
+    Weights w;
+    w.dtype = Format::kFloat32;
+    w.ih = chars(w_ih);
+    w.hh = chars(w_hh);
+    if (c.biased) w.b_ih = chars(b_ih), w.b_hh = chars(b_hh);
+    if (s.projected) w.hr = chars(w_hr);
+    w.ih_stride = s.I;
+    w.hh_stride = s.P;
+    w.hr_stride = s.H;
+    return w;
+  }
+
+  StepTensor steps(std::vector<float>& v, int64_t width) {
+    return {chars(v), c.shape.B * width * 4, width * 4};
+  }
+
+  void forward(const Kernels& k, Format format) {
+    const Shape& s = c.shape;
+    Lines packed(k.packed_bytes(s, format));
+    k.pack(s, weights(), format, c.threads, packed.data);
+    y.assign(static_cast<size_t>(s.T * s.B * s.P), 0.0f);
+    cells.assign(static_cast<size_t>(s.T * s.B * s.H), 0.0f);
+    h_n.assign(static_cast<size_t>(s.B * s.P), NAN);
+    c_n.assign(static_cast<size_t>(s.B * s.H), NAN);
+    gates.assign(static_cast<size_t>(q.rows() * saved_gates(s.cell) * s.H), NAN);
+    Forward f{};
+    f.shape = s;
+    f.shape.T = q.T;
+    f.sequences = q;
+    f.dtype = Format::kFloat32;
+    f.format = format;
+    f.input = steps(x, s.I);
+    Direction& d = f.direction[0];
+    d.packed = packed.data;
+    d.reverse = c.reverse;
+    d.h0 = chars(h0);
+    d.c0 = chars(c0);
+    d.output = steps(y, s.P);
+    d.cells = steps(cells, s.H);
+    d.h_n = chars(h_n);
+    d.c_n = chars(c_n);
+    if (saved_gates(s.cell) > 0) d.gates = chars(gates);
+    f.threads = c.threads;
+    f.chunk_rows = s.B + 1;  // more than one chunk
+    Lines workspace(k.forward_workspace(f));
+    f.workspace = workspace.data;
+    k.forward(f);
+  }
+
+  static double sigmoid(double v) { return 1 / (1 + std::exp(-v)); }
+
+  // Loops in double; the state after the last step in h and c.
+  void reference(std::vector<double>& out, std::vector<double>& h,
+                 std::vector<double>& cell) const {
+    const Shape& s = c.shape;
+    out.assign(y.size(), 0.0);
+    h.assign(h0.begin(), h0.end());
+    cell.assign(c0.begin(), c0.end());
+    const int64_t G = gate_count(s.cell);
+    for (int64_t b = 0; b < s.B; ++b) {
+      const int64_t n = c.unequal ? lengths[b] : s.T;
+      for (int64_t i = 0; i < n; ++i) {
+        const int64_t t = c.reverse ? n - 1 - i : i;
+        std::vector<double> from_x(G * s.H), from_h(G * s.H), m(s.H);
+        for (int64_t g = 0; g < G * s.H; ++g) {
+          from_x[g] = c.biased ? b_ih[g] : 0.0;
+          from_h[g] = c.biased ? b_hh[g] : 0.0;
+          for (int64_t j = 0; j < s.I; ++j) {
+            from_x[g] += double(w_ih[g * s.I + j]) * x[(t * s.B + b) * s.I + j];
+          }
+          for (int64_t j = 0; j < s.P; ++j) from_h[g] += w_hh[g * s.P + j] * h[b * s.P + j];
+        }
+        for (int64_t u = 0; u < s.H; ++u) {
+          const auto pre = [&](int g) { return from_x[g * s.H + u] + from_h[g * s.H + u]; };
+          if (s.cell == Cell::kLstm) {
+            double& cu = cell[b * s.H + u];
+            cu = sigmoid(pre(1)) * cu + sigmoid(pre(0)) * std::tanh(pre(2));
+            m[u] = sigmoid(pre(3)) * std::tanh(cu);
+          } else if (s.cell == Cell::kGru) {
+            const double z = sigmoid(pre(1));
+            const double fresh =
+                std::tanh(from_x[2 * s.H + u] + sigmoid(pre(0)) * from_h[2 * s.H + u]);
+            m[u] = (1 - z) * fresh + z * h[b * s.H + u];
+          } else {
+            m[u] = s.cell == Cell::kTanh ? std::tanh(pre(0)) : std::fmax(0.0, pre(0));
+          }
+        }
+        for (int64_t p = 0; p < s.P; ++p) {
+          double sum = s.projected ? 0.0 : m[p];
+          for (int64_t u = 0; s.projected && u < s.H; ++u) sum += w_hr[p * s.H + u] * m[u];
+          h[b * s.P + p] = out[(t * s.B + b) * s.P + p] = sum;
+        }
+      }
+    }
+  }
+};
+
+void test_forward(const Kernels& k, const Case& c, Format format, double tolerance) {
+  Layer layer(c);
+  layer.forward(k, format);
+  std::vector<double> out, h, cell;
+  layer.reference(out, h, cell);
+  for (size_t i = 0; i < out.size(); ++i) CHECK_NEAR(layer.y[i], out[i], tolerance);
+  for (size_t i = 0; i < h.size(); ++i) CHECK_NEAR(layer.h_n[i], h[i], tolerance);
+  if (c.shape.cell == Cell::kLstm) {
+    for (size_t i = 0; i < cell.size(); ++i) CHECK_NEAR(layer.c_n[i], cell[i], 2 * tolerance);
+  }
+}
+
+// The derivative of sum(y * weight) along a random direction of each argument.
+void test_backward(const Kernels& k, const Case& c) {
+  Layer layer(c);
+  layer.forward(k, Format::kFloat32);
+  const Shape& s = c.shape;
+  std::vector<float> gy = random_floats(static_cast<int64_t>(layer.y.size()), 1.0f);
+  std::vector<float> gx(layer.x.size(), 0.0f), gh0(layer.h0.size()), gc0(layer.c0.size());
+  std::vector<float> gih(layer.w_ih.size()), ghh(layer.w_hh.size());
+  std::vector<float> gb_ih(layer.b_ih.size()), gb_hh(layer.b_hh.size());
+  Backward f{};
+  f.shape = s;
+  f.shape.T = layer.q.T;
+  f.sequences = layer.q;
+  f.dtype = Format::kFloat32;
+  f.input = layer.steps(layer.x, s.I);
+  f.grad_input = layer.steps(gx, s.I);
+  BackwardDirection& d = f.direction[0];
+  d.weights = layer.weights();
+  d.reverse = c.reverse;
+  d.h0 = chars(layer.h0);
+  d.c0 = chars(layer.c0);
+  d.output = layer.steps(layer.y, s.P);
+  d.cells = layer.steps(layer.cells, s.H);
+  d.gates = chars(layer.gates);
+  d.grad_output = layer.steps(gy, s.P);
+  d.grad_h0 = chars(gh0);
+  d.grad_c0 = chars(gc0);
+  d.grad_ih = chars(gih);
+  d.grad_hh = chars(ghh);
+  if (c.biased) d.grad_b_ih = chars(gb_ih), d.grad_b_hh = chars(gb_hh);
+  f.threads = c.threads;
+  f.chunk_rows = s.B + 1;
+  Lines workspace(k.backward_workspace(f));
+  f.workspace = workspace.data;
+  k.backward(f);
+
+  const auto loss = [&] {
+    std::vector<double> out, h, cell;
+    layer.reference(out, h, cell);
+    double sum = 0.0;
+    for (size_t i = 0; i < out.size(); ++i) sum += out[i] * gy[i];
+    return sum;
+  };
+  const auto check = [&](std::vector<float>& argument, const std::vector<float>& grad) {
+    const std::vector<float> kept = argument;
+    const std::vector<float> way = random_floats(static_cast<int64_t>(kept.size()), 1.0f);
+    double along = 0.0, size = 0.0, values[2];
+    constexpr float kStep = 1.0f / 512;
+    for (int side = 0; side < 2; ++side) {
+      for (size_t i = 0; i < kept.size(); ++i)
+        argument[i] = kept[i] + (side ? -kStep : kStep) * way[i];
+      values[side] = loss();
+    }
+    argument = kept;
+    for (size_t i = 0; i < kept.size(); ++i) {
+      along += double(grad[i]) * way[i];
+      size += std::fabs(double(grad[i]) * way[i]);
+    }
+    CHECK_NEAR((values[0] - values[1]) / (2 * kStep), along, 2e-3 * size + 1e-4);
+  };
+  check(layer.x, gx);
+  check(layer.h0, gh0);
+  if (s.cell == Cell::kLstm) check(layer.c0, gc0);
+  check(layer.w_ih, gih);
+  check(layer.w_hh, ghh);
+  if (c.biased) check(layer.b_ih, gb_ih), check(layer.b_hh, gb_hh);
+}
+
+}  // namespace
+
+void run_tests() {
+  for (const Isa isa : kAllIsas) {
+    if (!isa_supported(isa)) continue;
+    const Kernels& k = kernels(isa);
+    for (const Cell cell : {Cell::kLstm, Cell::kGru, Cell::kTanh, Cell::kRelu}) {
+      for (const int64_t H : {1, 33}) {
+        for (int variant = 0; variant < 8; ++variant) {
+          const bool projected = cell == Cell::kLstm && variant % 3 == 2;
+          const Case c{{cell, 5, 17, 7, H, projected ? 1 + H / 2 : H, projected},
+                       variant % 2 == 1,
+                       variant / 2 % 2 == 1,
+                       variant != 4,
+                       1 + variant / 4};
+          const double scale = cell == Cell::kRelu ? 40 : 1;
+          test_forward(k, c, Format::kFloat32, 5e-6 * scale);
+          test_forward(k, c, Format::kBfloat16, 5e-2 * scale);
+          test_forward(k, c, Format::kFloat16, 2e-2 * scale);
+          test_forward(k, c, Format::kInt8, 0.1 * scale);
+          if (!projected && cell != Cell::kRelu) test_backward(k, c);
+        }
+      }
+    }
+  }
+}
