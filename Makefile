@@ -49,7 +49,7 @@ demo: $(STAMPS)/built $(STAMPS)/req-demo $(STAMPS)/req-demo-data ## Pronounce WO
 	$(PY) examples/g2p.py $(WORDS)
 
 .PHONY: test
-test: $(STAMPS)/built $(STAMPS)/req-test $(STAMPS)/qemu ## Run the C++ and Python tests (PYTEST_ARGS="...")
+test: $(STAMPS)/built $(STAMPS)/req-test $(STAMPS)/req-demo-data $(STAMPS)/qemu ## Run the C++ and Python tests (PYTEST_ARGS="...")
 	flock $(CMAKE_DIR)/lock cmake --build $(CMAKE_DIR) --target cpp_tests
 	ctest --test-dir $(CMAKE_DIR) --output-on-failure
 	$(PY) -m pytest $(PYTEST_ARGS)

@@ -227,7 +227,7 @@ def _other_bars() -> list[Bar]:
     at_8 = lambda case: case.batch == 8  # noqa: E731
     not_8 = lambda case: case.batch != 8  # noqa: E731
     return [
-        Bar("call overhead at (1, 1, 16), torch", _suite("overhead"), _torch_always, 3.0),
+        Bar("LSTM call at (1, 1, 16), torch", _suite("overhead", "lstm"), _torch_always, 3.0),
         Bar("unequal lengths, per token over equal lengths", lengths, equal, 1.2, at_most=True),
         Bar("unequal lengths LSTM, torch packed", _suite("lengths", "lstm"), over_torch, 2.6),
         Bar("unequal lengths GRU, torch packed", _suite("lengths", "gru"), over_torch, 2.5),

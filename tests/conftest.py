@@ -38,9 +38,9 @@ def skip_without_native() -> None:
 
 @pytest.fixture(autouse=True)
 def reproducible() -> Iterator[None]:
-    """The same random numbers whatever ran before, and nobody's thread count but our own."""
+    """The same random numbers whatever ran before, and one thread unless a test asks for more."""
     threads = torch.get_num_threads()
     torch.manual_seed(0)
-    torch.set_num_threads(2)
+    torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)

@@ -37,6 +37,15 @@ ENCDEC_INLINE void store_as(Format dtype, char* p, Float v, int n = kLanes) {
   }
 }
 
+// kLanes floats to memory that is not read soon: a whole line, past the caches.
+ENCDEC_INLINE void store_past_caches(float* p, Float v) {
+#if defined(__AVX512F__)
+  _mm512_stream_ps(p, v);
+#else
+  _mm256_stream_ps(p, v);
+#endif
+}
+
 // The value that a number has after it was stored in `dtype`.
 ENCDEC_INLINE Float rounded_to(Format dtype, Float v) {
   return dtype == Format::kFloat32    ? v

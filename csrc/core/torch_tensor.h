@@ -76,17 +76,18 @@ inline uint64_t fingerprint(const Tensor& t, uint64_t hash) {
   const int64_t step = numel > 128 ? (numel / 64 - 1) | 1 : 1;
   const int64_t row_step = step / columns, column_step = step % columns;
   int64_t row = 0, column = 0;
+  uint64_t weight = 0x9e3779b97f4a7c15ull;  // the products do not wait for each other
   for (int64_t at = 0; at < numel; at += step) {
     const char* element = p + (row * row_stride + column * column_stride) * bytes;
     uint32_t value = 0;
     std::memcpy(&value, element, static_cast<size_t>(bytes));
-    hash = (hash ^ value) * 0x9e3779b97f4a7c15ull;
-    hash ^= hash >> 29;
+    hash += (value + 1) * weight;
+    weight += 0xbf58476d1ce4e5b8ull;
     row += row_step;
     column += column_step;
     if (column >= columns) column -= columns, ++row;
   }
-  return hash;
+  return (hash ^ (hash >> 29)) * 0x94d049bb133111ebull;
 }
 
 }  // namespace encdec

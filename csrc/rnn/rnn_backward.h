@@ -312,6 +312,7 @@ class BackwardRun {
                                       work_ + places_.products,
                                       call_.chunk_rows,
                                       s_.I > s_.P ? s_.I : s_.P,
+                                      last && call_.dtype == Format::kFloat32,
                                       rank_,
                                       members_,
                                       barrier_};

@@ -31,7 +31,7 @@ class Workspace {
   char* data() const { return data_; }
 
  private:
-  static constexpr int64_t kKeptBytes = 24 << 20;
+  static constexpr int64_t kKeptBytes = 64 << 20;
   struct Block {
     char* data = nullptr;
     int64_t bytes = 0;
@@ -129,6 +129,19 @@ Tensor rnn_pack(int64_t cell, std::vector<Tensor> weights, int64_t format) {
   return packed;
 }
 
+// Directions and weights of each, from a list that may hold biases and a projection or not.
+struct WeightCounts {
+  int64_t directions;
+  size_t each;
+  explicit WeightCounts(const std::vector<Tensor>& w) {
+    const bool two = w.size() > 5 || (w.size() == 4 && w[2].dim() == 2);
+    directions = two ? 2 : 1;
+    each = w.size() / (two ? 2 : 1);
+    STD_TORCH_CHECK(w.size() == each * static_cast<size_t>(directions),
+                    "the directions must have as many weights each, got ", w.size());
+  }
+};
+
 bool is_fresh(const Tensor& packed, const Shape& s, const Tensor* w, size_t count) {
   const PackedHeader& h = *reinterpret_cast<const PackedHeader*>(data(packed));
   STD_TORCH_CHECK(packed.numel() >= static_cast<int64_t>(sizeof(PackedHeader)) &&
@@ -216,16 +229,18 @@ std::vector<Tensor> rnn_forward(int64_t cell_number, Tensor input, std::vector<T
                                 OptionalTensor lengths, OptionalTensor batch_sizes,
                                 bool batch_first, bool save_cells, bool save_for_backward) {
   const Cell cell = cell_of(cell_number);
-  const int64_t D = static_cast<int64_t>(packed.size());
-  STD_TORCH_CHECK((D == 1 || D == 2) && weights.size() % packed.size() == 0,
-                  "one packed block per direction is needed");
-  const size_t count = weights.size() / packed.size();
+  const auto [D, count] = WeightCounts(weights);
   Forward f{};
   f.shape = shape_of(cell, weights.data(), count);
-  for (int64_t d = 0; d < D; ++d) {
+  // Training packs its weights into the workspace: they will have changed by the next step.
+  const bool pack_here = packed.empty();
+  STD_TORCH_CHECK(pack_here || static_cast<int64_t>(packed.size()) == D,
+                  "one packed block per direction is needed");
+  for (size_t d = 0; d < packed.size(); ++d) {
     if (!is_fresh(packed[d], f.shape, weights.data() + d * count, count)) return {};
   }
-  f.format = reinterpret_cast<const PackedHeader*>(data(packed[0]))->format;
+  f.format = pack_here ? format_of(weights[0])
+                       : reinterpret_cast<const PackedHeader*>(data(packed[0]))->format;
   f.dtype = format_of(input);
   STD_TORCH_CHECK(input.is_cpu() && input.stride(input.dim() - 1) == 1 &&
                       input.size(input.dim() - 1) == f.shape.I,
@@ -266,7 +281,7 @@ std::vector<Tensor> rnn_forward(int64_t cell_number, Tensor input, std::vector<T
   f.directions = static_cast<int>(D);
   for (int64_t d = 0; d < D; ++d) {
     Direction& dir = f.direction[d];
-    dir.packed = data(packed[d]);
+    if (!pack_here) dir.packed = data(packed[static_cast<size_t>(d)]);
     dir.reverse = d == 1;
     if (h0) dir.h0 = data(*h0) + d * B * P * bytes;
     if (lstm && c0) dir.c0 = data(*c0) + d * B * H * bytes;
@@ -282,8 +297,15 @@ std::vector<Tensor> rnn_forward(int64_t cell_number, Tensor input, std::vector<T
                               static_cast<int>(torch::stable::get_num_threads()));
   f.threads = plan.threads;
   f.chunk_rows = plan.chunk_rows;
-  const Workspace workspace(chosen().forward_workspace(f));
-  f.workspace = workspace.data();
+  const int64_t block = pack_here ? round_up(chosen().packed_bytes(f.shape, f.format), 64) : 0;
+  const Workspace workspace(D * block + chosen().forward_workspace(f));
+  f.workspace = workspace.data() + D * block;
+  for (int64_t d = 0; pack_here && d < D; ++d) {
+    char* const to = workspace.data() + d * block;
+    const Weights w = weights_of(weights.data() + static_cast<size_t>(d) * count, count);
+    chosen().pack(f.shape, w, f.format, f.threads, to);
+    f.direction[d].packed = to;
+  }
   chosen().forward(f);
   return result;
 }
@@ -295,10 +317,8 @@ std::vector<Tensor> rnn_backward(int64_t cell_number, Tensor input, std::vector<
                                  OptionalTensor grad_h_n, OptionalTensor grad_c_n,
                                  OptionalTensor grad_cells) {
   const Cell cell = cell_of(cell_number);
-  const int64_t D = gates.size(0);
-  STD_TORCH_CHECK((D == 1 || D == 2) && weights.size() % static_cast<size_t>(D) == 0,
-                  "gates must be what rnn_forward saved");
-  const size_t count = weights.size() / static_cast<size_t>(D);
+  const auto [D, count] = WeightCounts(weights);
+  STD_TORCH_CHECK(gates.dim() > 0 && gates.size(0) == D, "gates must be what rnn_forward saved");
   Backward f{};
   f.shape = shape_of(cell, weights.data(), count);
   STD_TORCH_CHECK(!f.shape.projected, "there is no backward through a projection");

@@ -16,6 +16,12 @@ namespace ENCDEC_ISA_NAMESPACE {
 // Rows staged at a time for the input product: they are read once per block, from L2.
 constexpr int64_t kStageBytes = 192 * 1024;
 
+// Saved gates of a call from this size on are written past the caches.
+constexpr int64_t kStreamedGates = 8 << 20;
+
+// States up to this size are prefetched as a whole.
+constexpr int64_t kFetchedState = 16 * 1024;
+
 // The buffers of one direction, as offsets into its workspace.
 struct ForwardPlaces {
   int64_t state;       // float [blocks][B][units]: c of an LSTM, h of a GRU
@@ -90,7 +96,8 @@ class ForwardRun {
         first_(part(Bl::blocks(s_.H), rank)),
         last_(part(Bl::blocks(s_.H), rank + 1)),
         h_stride_(staged_row_bytes(format, s_.P)),
-        esize_(element_bytes(call.dtype)) {}
+        esize_(element_bytes(call.dtype)),
+        stream_gates_(can_stream_gates()) {}
 
   void run() {
     prepare();
@@ -120,6 +127,12 @@ class ForwardRun {
   }
 
  private:
+  // Gates that will have left the caches before backward comes need not pass through them.
+  bool can_stream_gates() const {
+    const int64_t bytes = q_.rows() * 4 * s_.H * esize_;
+    return dir_.gates && call_.dtype == Format::kFloat32 && bytes >= kStreamedGates &&
+           s_.H % kLanes == 0 && reinterpret_cast<uintptr_t>(dir_.gates) % 64 == 0;
+  }
   int64_t part(int64_t n, int i) const { return n * i / members_; }
   char* member() const { return work_ + places_.member + rank_ * places_.member_bytes; }
   float* state(int64_t block, int64_t row) const {
@@ -244,6 +257,10 @@ class ForwardRun {
         h = own;
       }
     }
+    // Part of a small state was just written by other cores: ask for all of it at once.
+    if (!h_is_zero && n * h_stride_ <= kFetchedState) {
+      for (int64_t at = 0; at < n * h_stride_; at += 64) _mm_prefetch(h + at, _MM_HINT_T0);
+    }
     alignas(64) float products[kTileRows * kRowFloats];
     if (h_is_zero) std::memset(products, 0, sizeof(products));
     const RowTiles tiles(n, kTileRows);
@@ -278,7 +295,9 @@ class ForwardRun {
     const int64_t unit = b * Bl::kUnits * esize_;
     for (int64_t r = row; r < row + rows; ++r) {
       const char* gates = dir_.gates + (q_.row_start(t) + r) * 4 * s_.H * esize_ + unit;
-      for (int i = 0; i < 4; ++i) __builtin_prefetch(gates + i * s_.H * esize_, 1);
+      for (int i = 0; i < 4 && !stream_gates_; ++i) {
+        __builtin_prefetch(gates + i * s_.H * esize_, 1);
+      }
       __builtin_prefetch(dir_.output.at(q_, t, r) + unit, 1);
       if (dir_.cells.data) __builtin_prefetch(dir_.cells.at(q_, t, r) + unit, 1);
     }
@@ -330,10 +349,18 @@ class ForwardRun {
 
   void save_gates(int64_t t, int64_t r, int64_t unit, int n, Float a, Float b, Float c, Float d) {
     char* p = dir_.gates + ((q_.row_start(t) + r) * 4 * s_.H + unit) * esize_;
-    store_as(call_.dtype, p, a, n);
-    store_as(call_.dtype, p + s_.H * esize_, b, n);
-    store_as(call_.dtype, p + 2 * s_.H * esize_, c, n);
-    store_as(call_.dtype, p + 3 * s_.H * esize_, d, n);
+    const auto put = [&](int64_t gate, Float x) __attribute__((always_inline)) {
+      char* to = p + gate * s_.H * esize_;
+      if (stream_gates_) {
+        store_past_caches(reinterpret_cast<float*>(to), x);
+      } else {
+        store_as(call_.dtype, to, x, n);
+      }
+    };
+    put(0, a);
+    put(1, b);
+    put(2, c);
+    put(3, d);
   }
 
   // The cell's output: to the projection, or to the caller and the next step.
@@ -417,6 +444,7 @@ class ForwardRun {
   const int64_t first_, last_;  // own blocks
   const int64_t h_stride_;
   const int esize_;
+  const bool stream_gates_;
   bool search_scale_ = false;         // int8: the state's scale is not known beforehand
   const float* row_scale_ = nullptr;  // int8: each row's scale of the state
 };

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from encdec_fast.backends import Backend, library
 from encdec_fast.ops._call import CELLS, GATES, LayerResult, RecurrentCall, State
+from encdec_fast.ops._checks import check_weights
 from encdec_fast.ops._packing import packed
 
 # As rnn_pack numbers them: the dtype of a call, or its weight_dtype.
@@ -84,6 +85,10 @@ def _forward(
         lengths = lengths.contiguous()
     run = torch.ops.encdec_fast_cpu.rnn_forward.default
     fixed = (h0, c0, lengths, batch_sizes, call.batch_first, call.cell_states, save)
+    if save:  # the weights are about to change: they are packed for this call only
+        for d in range(call.directions):
+            check_weights(call.kind, weights[d * call.weights : (d + 1) * call.weights])
+        return list(run(CELLS[call.kind], input, weights, [], *fixed))
     result: list[Tensor] = run(CELLS[call.kind], input, weights, _pack(call, weights), *fixed)
     while not result:  # the values are not those that were packed; they may even change meanwhile
         blobs = _pack(call, weights, again=True)

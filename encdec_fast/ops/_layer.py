@@ -155,7 +155,10 @@ class LayerOp:
     def setup_train(self, ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         (input, weights, *others), ctx.flags = self._layer(inputs)
         *results, gates, saved_by = output
-        ctx.mark_non_differentiable(gates, saved_by)
+        call = self.make_call(self._layer(inputs)[0], ctx.flags, True)
+        # Cells that nobody asked for are there for backward only.
+        hidden = results[3:] if self.cells and not call.cell_states else []
+        ctx.mark_non_differentiable(gates, saved_by, *hidden)
         ctx.set_materialize_grads(False)
         saved = (results[0], *results[3:], gates, saved_by)
         ctx.count = len(saved)
