@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+import sysconfig
 import threading
 from pathlib import Path
 from typing import Any
@@ -210,6 +211,10 @@ def test_without_its_library(tmp_path: Path, library: str) -> None:
     )
     target = copy / "lib" / "libencdec_ops.so"
     target.parent.mkdir()
+    # An editable install would find the right one, were there none here.
+    (copy / f"_C{sysconfig.get_config_var('EXT_SUFFIX')}").write_bytes(
+        b"\x7fELF, but of no machine"
+    )
     if library == "foreign":
         target.write_bytes(b"\x7fELF, but of no machine that there is")
     elif library == "other ops":

@@ -63,29 +63,37 @@ inline int32_t dtype_of(Format f) {
                                   : aoti_torch_dtype_uint8();
 }
 
-// 64 and a few elements of a tensor, spread over it so that they fall into all columns of a matrix,
-// mixed into `hash`. Strides are honoured.
+// Mixes the elements 0, step, 2 step, ... of a tensor; offset(i) is where element i lies. The products
+// do not wait for each other.
+template <class Bits, class Offset>
+inline uint64_t mix_elements(const char* data, int64_t numel, int64_t step, Offset offset) {
+  uint64_t sum = 0, weight = 0x9e3779b97f4a7c15ull;
+  for (int64_t at = 0; at < numel; at += step) {
+    Bits value;
+    std::memcpy(&value, data + offset(at) * static_cast<int64_t>(sizeof(Bits)), sizeof(Bits));
+    sum += (uint64_t{value} + 1) * weight;
+    weight += 0xbf58476d1ce4e5b8ull;
+  }
+  return sum;
+}
+
+// A number that changes when the values of a tensor do: 64 to 129 elements, spread so that they fall
+// into all rows and columns of a matrix, mixed into `hash`. Strides do not matter.
 inline uint64_t fingerprint(const Tensor& t, uint64_t hash) {
   const int64_t numel = t.numel();
   if (numel == 0) return hash;
-  const int64_t columns = t.dim() == 2 ? t.size(1) : numel;
-  const int64_t row_stride = t.dim() == 2 ? t.stride(0) : 0;
-  const int64_t column_stride = t.stride(t.dim() - 1);
-  const int bytes = element_bytes(format_of(t));
-  const char* p = data(t);
   const int64_t step = numel > 128 ? (numel / 64 - 1) | 1 : 1;
-  const int64_t row_step = step / columns, column_step = step % columns;
-  int64_t row = 0, column = 0;
-  uint64_t weight = 0x9e3779b97f4a7c15ull;  // the products do not wait for each other
-  for (int64_t at = 0; at < numel; at += step) {
-    const char* element = p + (row * row_stride + column * column_stride) * bytes;
-    uint32_t value = 0;
-    std::memcpy(&value, element, static_cast<size_t>(bytes));
-    hash += (value + 1) * weight;
-    weight += 0xbf58476d1ce4e5b8ull;
-    row += row_step;
-    column += column_step;
-    if (column >= columns) column -= columns, ++row;
+  const bool wide = element_bytes(format_of(t)) == 4;
+  const auto mix = [&](auto offset) {
+    return wide ? mix_elements<uint32_t>(data(t), numel, step, offset)
+                : mix_elements<uint16_t>(data(t), numel, step, offset);
+  };
+  if (t.is_contiguous()) {
+    hash += mix([](int64_t at) { return at; });
+  } else {
+    const int64_t columns = t.size(t.dim() - 1), column_stride = t.stride(t.dim() - 1);
+    const int64_t row_stride = t.dim() == 2 ? t.stride(0) : 0;
+    hash += mix([=](int64_t at) { return at / columns * row_stride + at % columns * column_stride; });
   }
   return (hash ^ (hash >> 29)) * 0x94d049bb133111ebull;
 }

@@ -69,14 +69,18 @@ Weights weights_of(const Tensor* w, size_t count) {
   Weights r;
   r.dtype = format_of(w[0]);
   const auto matrix = [&](const Tensor& t, const char** p, int64_t* stride) {
-    STD_TORCH_CHECK(t.dim() == 2 && (t.size(1) <= 1 || t.stride(1) == 1),
+    STD_TORCH_CHECK(format_of(t) == r.dtype && t.is_cpu() && t.dim() == 2 && (t.size(1) <= 1 || t.stride(1) == 1),
                     "weights must be matrices with contiguous rows");
     *p = data(t);
     *stride = t.stride(0);
   };
   matrix(w[0], &r.ih, &r.ih_stride);
   matrix(w[1], &r.hh, &r.hh_stride);
-  if (bias) r.b_ih = data(w[2]), r.b_hh = data(w[3]);
+  if (bias) {
+    STD_TORCH_CHECK(w[2].is_contiguous() && w[3].is_contiguous(), "biases must be contiguous");
+    r.b_ih = data(w[2]);
+    r.b_hh = data(w[3]);
+  }
   if (projected) matrix(w[count - 1], &r.hr, &r.hr_stride);
   return r;
 }

@@ -152,6 +152,15 @@ def check_weights(kind: str, weights: list[Tensor]) -> None:
             )
 
 
+def check_devices(name: str, input: Tensor, weights: list[Tensor]) -> None:
+    """RuntimeError unless all weights are where the input is: any of them may dispatch an op."""
+    for weight in weights:
+        if weight.device != input.device:
+            raise RuntimeError(
+                f"{name}: all weights must be on {input.device}, but one is on {weight.device}"
+            )
+
+
 def as_lengths(lengths: Tensor | Sequence[int], input: Tensor, batch_first: bool) -> Tensor:
     """`lengths` as an int64 CPU tensor (B,), checked against a 3-D input.
 

@@ -10,10 +10,11 @@ from torch import Tensor
 from encdec_fast.backends import Backend, library
 from encdec_fast.ops._call import CELLS, GATES, LayerResult, RecurrentCall, State
 from encdec_fast.ops._checks import check_weights
-from encdec_fast.ops._packing import packed
+from encdec_fast.ops._packing import packed, with_rows
 
 # As rnn_pack numbers them: the dtype of a call, or its weight_dtype.
 _FORMATS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, "bfloat16": 1, "int8": 3}
+_ATTEMPTS = 3
 _CONTEXTS = {
     "autocast": "torch.autocast is on",
     "grad": "torch.func transforms it",
@@ -56,11 +57,8 @@ def _pack(call: RecurrentCall, weights: list[Tensor], again: bool = False) -> li
     ]
 
 
-def _rows(tensor: Any) -> Any:
-    """`tensor` with contiguous features, as the kernels read it."""
-    if tensor is None or tensor.stride(-1) == 1:
-        return tensor
-    return tensor.clone(memory_format=torch.contiguous_format)
+def _rows(tensor: State) -> State:
+    return None if tensor is None else with_rows(tensor)
 
 
 def _whole(tensor: State) -> State:
@@ -77,8 +75,7 @@ def _forward(
     batch_sizes: State,
     save: bool,
 ) -> list[Tensor]:
-    if input.stride(-1) != 1:
-        input = _rows(input)
+    input = with_rows(input)
     if h0 is not None:
         h0, c0 = h0.contiguous(), _whole(c0)
     if lengths is not None:
@@ -88,11 +85,17 @@ def _forward(
     if save:  # the weights are about to change: they are packed for this call only
         for d in range(call.directions):
             check_weights(call.kind, weights[d * call.weights : (d + 1) * call.weights])
-        return list(run(CELLS[call.kind], input, weights, [], *fixed))
+        rows = [with_rows(weight) for weight in weights]
+        return list(run(CELLS[call.kind], input, rows, [], *fixed))
     result: list[Tensor] = run(CELLS[call.kind], input, weights, _pack(call, weights), *fixed)
-    while not result:  # the values are not those that were packed; they may even change meanwhile
+    for _ in range(_ATTEMPTS):
+        if result:
+            return result
+        # The values are not those that were packed. Another thread may be changing them even now.
         blobs = _pack(call, weights, again=True)
         result = run(CELLS[call.kind], input, weights, blobs, *fixed)
+    if not result:
+        raise RuntimeError(f"{call.kind}: the weights change while they are being used")
     return result
 
 
@@ -149,8 +152,8 @@ def backward(
     used = gates[: directions * rows * saved * hidden].view(directions, rows, saved, hidden)
     result: list[Any] = torch.ops.encdec_fast_cpu.rnn_backward.default(
         CELLS[call.kind],
-        _rows(input),
-        weights,
+        with_rows(input),
+        [with_rows(weight) for weight in weights],
         _whole(h0),
         _whole(c0),
         _whole(lengths),

@@ -63,6 +63,13 @@ if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_after_fork)
 
 
+def with_rows(tensor: Tensor) -> Tensor:
+    """`tensor`, or a copy, with a contiguous last dimension, as the kernels read it."""
+    if tensor.stride(-1) == 1:
+        return tensor
+    return tensor.clone(memory_format=torch.contiguous_format)
+
+
 def packed(kind: str, weights: list[Tensor], weight_format: int, *, again: bool = False) -> Tensor:
     """The packed form of one direction's weights; made where it is missing, stale or `again`.
 
@@ -80,7 +87,8 @@ def packed(kind: str, weights: list[Tensor], weight_format: int, *, again: bool 
         if entry is None or again or not entry.fresh(weights):
             # Traces first: a change while the kernel packs must leave the entry stale.
             entry = _Entry(key, weights, torch.empty(0))
-            entry.blob = torch.ops.encdec_fast_cpu.rnn_pack(CELLS[kind], weights, weight_format)
+            rows = [with_rows(weight) for weight in weights]
+            entry.blob = torch.ops.encdec_fast_cpu.rnn_pack(CELLS[kind], rows, weight_format)
             _entries[key] = entry
         return entry.blob
 

@@ -114,6 +114,8 @@ def run(
             return *torch_network(net, input, h0, c0, weights, dropout, lengths, batch_sizes), None
         if backends is op.backends and context != "dispatch":
             emit = backend.run  # no autograd formula is needed: spare the way through the op
+        else:
+            _checks.check_devices(op.name, input, weights)
     if num_layers == 1:
         return emit(call, input, weights, h0, c0, lengths, batch_sizes)
     return _layers(net, emit, call, input, h0, c0, weights, dropout, lengths, batch_sizes)
