@@ -63,8 +63,8 @@ inline int32_t dtype_of(Format f) {
                                   : aoti_torch_dtype_uint8();
 }
 
-// Mixes the elements 0, step, 2 step, ... of a tensor; offset(i) is where element i lies. The products
-// do not wait for each other.
+// Mixes the elements 0, step, 2 step, ... of a tensor; offset(i) is where element i lies. The
+// products do not wait for each other.
 template <class Bits, class Offset>
 inline uint64_t mix_elements(const char* data, int64_t numel, int64_t step, Offset offset) {
   uint64_t sum = 0, weight = 0x9e3779b97f4a7c15ull;
@@ -77,8 +77,8 @@ inline uint64_t mix_elements(const char* data, int64_t numel, int64_t step, Offs
   return sum;
 }
 
-// A number that changes when the values of a tensor do: 64 to 129 elements, spread so that they fall
-// into all rows and columns of a matrix, mixed into `hash`. Strides do not matter.
+// A number that changes when the values of a tensor do: 64 to 129 elements, spread so that they
+// fall into all rows and columns of a matrix, mixed into `hash`. Strides do not matter.
 inline uint64_t fingerprint(const Tensor& t, uint64_t hash) {
   const int64_t numel = t.numel();
   if (numel == 0) return hash;
@@ -93,7 +93,8 @@ inline uint64_t fingerprint(const Tensor& t, uint64_t hash) {
   } else {
     const int64_t columns = t.size(t.dim() - 1), column_stride = t.stride(t.dim() - 1);
     const int64_t row_stride = t.dim() == 2 ? t.stride(0) : 0;
-    hash += mix([=](int64_t at) { return at / columns * row_stride + at % columns * column_stride; });
+    hash +=
+        mix([=](int64_t at) { return at / columns * row_stride + at % columns * column_stride; });
   }
   return (hash ^ (hash >> 29)) * 0x94d049bb133111ebull;
 }

@@ -69,7 +69,8 @@ Weights weights_of(const Tensor* w, size_t count) {
   Weights r;
   r.dtype = format_of(w[0]);
   const auto matrix = [&](const Tensor& t, const char** p, int64_t* stride) {
-    STD_TORCH_CHECK(format_of(t) == r.dtype && t.is_cpu() && t.dim() == 2 && (t.size(1) <= 1 || t.stride(1) == 1),
+    STD_TORCH_CHECK(format_of(t) == r.dtype && t.is_cpu() && t.dim() == 2 &&
+                        (t.size(1) <= 1 || t.stride(1) == 1),
                     "weights must be matrices with contiguous rows");
     *p = data(t);
     *stride = t.stride(0);
