@@ -72,14 +72,18 @@ inline void pack_columns(const ColumnSource& c, int64_t k, char* dst, int64_t st
   Float inverse = set1(1.0f);
   Int sums = izero();
   if constexpr (format == Format::kInt8) {
-    Float largest = zero();
+    Float largest = zero(), nan = zero();
     for (int64_t k0 = 0; k0 < k; k0 += kPackDepth) {
       const int count = static_cast<int>(k - k0 < kPackDepth ? k - k0 : kPackDepth);
       read_columns(c, k0, count, block);
-      for (int i = 0; i < count; ++i) largest = max(largest, abs(load(block + i * kLanes)));
+      for (int i = 0; i < count; ++i) {
+        const Float w = load(block + i * kLanes);
+        largest = max(abs(w), largest);
+        nan = fma(w, zero(), nan);  // NaN in a column with a NaN or an infinity, else 0
+      }
     }
     // A column of zeros keeps the scale 0 and any inverse.
-    store(scale, div(largest, set1(127.0f)));
+    store(scale, add(div(largest, set1(127.0f)), nan));
     inverse = div(set1(127.0f), max(set1(1e-30f), largest));
   }
   constexpr int kGroup = group_size(format);
@@ -100,7 +104,7 @@ inline void pack_columns(const ColumnSource& c, int64_t k, char* dst, int64_t st
         alignas(64) int32_t q[kLanes];
         for (int j = 0; j < kGroup; ++j) {
           const Float scaled = mul(load(b + j * kLanes), inverse);
-          const Int rounded = to_int(max(set1(-127.0f), min(set1(127.0f), scaled)));
+          const Int rounded = to_int(max(min(scaled, set1(127.0f)), set1(-127.0f)));
           sums = iadd(sums, rounded);
           istore(q, rounded);
           for (int l = 0; l < kLanes; ++l) dst[l * kGroup + j] = static_cast<char>(q[l]);

@@ -12,6 +12,9 @@
 namespace encdec {
 namespace {
 
+// Rounds of some 20 ms: the clock of the first moments does not last.
+constexpr int64_t kProducts = 6000000;
+
 const Probes& chosen() {
   switch (chosen_isa()) {
     case Isa::kAvx2:
@@ -27,7 +30,7 @@ const Probes& chosen() {
 template <class Prepare, class Amount>
 double best_rate(int threads, Prepare prepare, Amount amount) {
   using Clock = std::chrono::steady_clock;
-  constexpr int kRounds = 9;
+  constexpr int kRounds = 15;
   Barrier barrier;
   double best = 0.0;
   std::vector<double> amounts(static_cast<size_t>(threads));
@@ -67,7 +70,7 @@ double measure_peak(Format format, int threads) {
   const Probes& probes = chosen();
   return 2.0 * best_rate(
                    threads, [] { return 0; },
-                   [&](int) { return static_cast<double>(probes.multiply(format, 400000)); });
+                   [&](int) { return static_cast<double>(probes.multiply(format, kProducts)); });
 }
 
 double measure_read_bandwidth(int64_t bytes_per_thread, int threads) {

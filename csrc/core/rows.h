@@ -69,7 +69,8 @@ ENCDEC_INLINE char* staged_at(char* row, int64_t k) {
 template <Format format>
 ENCDEC_INLINE void stage_vector(char* p, Float v, float inverse = 1.0f) {
   if constexpr (format == Format::kInt8) {
-    const Float q = max(set1(-127.0f), min(set1(127.0f), mul(v, set1(inverse))));
+    // With the constant second, NaN becomes a number: the row's scale speaks for it.
+    const Float q = max(min(mul(v, set1(inverse)), set1(127.0f)), set1(-127.0f));
     store_u8(reinterpret_cast<uint8_t*>(p), iadd(to_int(q), iset1(128)));
   } else if constexpr (format == Format::kBfloat16) {
     store_half(p, to_bf16(v));

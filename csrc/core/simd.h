@@ -247,6 +247,13 @@ ENCDEC_INLINE void store_partial(float* p, Float v, int n) {
   store(tmp, v);
   std::memcpy(p, tmp, sizeof(float) * static_cast<size_t>(n));
 }
+// v with zeros from lane n on.
+ENCDEC_INLINE Float first_lanes(Float v, int n) {
+  if (n == kLanes) return v;
+  alignas(64) float tmp[kLanes];
+  store(tmp, v);
+  return load_partial(tmp, n);
+}
 ENCDEC_INLINE Half load_half_partial(const void* p, int n) {
   alignas(64) uint16_t tmp[kLanes] = {};
   std::memcpy(tmp, p, 2 * static_cast<size_t>(n));

@@ -71,8 +71,9 @@ inline uint64_t mix_elements(const char* data, int64_t numel, int64_t step, Offs
   for (int64_t at = 0; at < numel; at += step) {
     Bits value;
     std::memcpy(&value, data + offset(at) * static_cast<int64_t>(sizeof(Bits)), sizeof(Bits));
-    sum += (uint64_t{value} + 1) * weight;
-    weight += 0xbf58476d1ce4e5b8ull;
+    const uint64_t mixed = (uint64_t{value} ^ weight) * 0xff51afd7ed558ccdull;
+    sum += (mixed ^ (mixed >> 32)) * (weight | 1);
+    weight = weight * 0xd1342543de82ef95ull + 1;
   }
   return sum;
 }

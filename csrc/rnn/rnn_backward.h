@@ -62,7 +62,7 @@ inline BackwardPlaces backward_places(const Backward& f) {
   p.gate_grads = take(f.chunk_rows * p.row_bytes);
   p.dh = take(s.B * p.padded * 4);
   p.dc = take(cell == Cell::kLstm ? s.B * p.padded * 4 : 0);
-  p.bias = take(Sg::kCount * p.padded * 4);
+  p.bias = take(2 * Sg::kCount * p.padded * 4);
   const bool sums = f.dtype != Format::kFloat32;
   p.sum_ih = take(sums ? Sg::kGates * s.H * s.I * 4 : 0);
   p.sum_hh = take(sums ? Sg::kGates * s.H * s.P * 4 : 0);
@@ -149,8 +149,9 @@ class BackwardRun {
     if (rank_ == 0) std::memset(work_ + places_.zeros, 0, static_cast<size_t>(s_.P * 4));
     for (int64_t u = first_; u < last_; u += kLanes) {
       const int n = lanes_left(u, s_.H);
-      for (int i = 0; i < Sg::kCount; ++i)
+      for (int i = 0; i < 2 * Sg::kCount; ++i) {
         store(floats(places_.bias) + i * places_.padded + u, zero());
+      }
       for (int64_t r = 0; r < s_.B; ++r) {
         const int64_t at = (q_.position(r) * s_.H + u) * esize_;
         store(dh(r) + u, dir_.grad_h_n ? read(dir_.grad_h_n + at, n) : zero());
@@ -255,7 +256,11 @@ class BackwardRun {
     const auto put = [&](int i, Float v) __attribute__((always_inline)) {
       stage_vector<format>(staged_at<format>(grad_row(chunk_row), i * places_.padded + u), v);
       float* sum = floats(places_.bias) + i * places_.padded + u;
-      store(sum, add(load(sum), v));
+      // Kahan's sum: there may be a hundred thousand rows.
+      float* error = sum + Sg::kCount * places_.padded;
+      const Float before = load(sum), wanted = sub(v, load(error)), after = add(before, wanted);
+      store(error, sub(sub(after, before), wanted));
+      store(sum, after);
     };
     if constexpr (cell == Cell::kLstm) {
       const Float i = saved(0), f = saved(1), g = saved(2), o = saved(3);

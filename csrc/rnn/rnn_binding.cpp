@@ -126,11 +126,12 @@ Tensor rnn_pack(int64_t cell, std::vector<Tensor> weights, int64_t format) {
     prefer_huge_pages(data(packed), bytes + slack);
     packed = torch::stable::narrow(packed, 0, start, bytes);
   }
+  // Taken before: weights that change while they are packed must leave the block stale.
+  const uint64_t before = fingerprint_of(weights.data(), weights.size());
   chosen().pack(s, weights_of(weights.data(), weights.size()), f,
                 static_cast<int>(torch::stable::get_num_threads()), data(packed));
   if (slack > 0) collapse_to_huge_pages(data(packed), bytes);
-  reinterpret_cast<PackedHeader*>(data(packed))->fingerprint =
-      fingerprint_of(weights.data(), weights.size());
+  reinterpret_cast<PackedHeader*>(data(packed))->fingerprint = before;
   return packed;
 }
 
@@ -274,7 +275,13 @@ std::vector<Tensor> rnn_forward(int64_t cell_number, Tensor input, std::vector<T
   const bool cells = lstm && (save_cells || save_for_backward);
   if (cells) result.push_back(like_input(D * H));
   if (save_for_backward) {
-    result.push_back(empty<4>({D, rows, saved_gates(cell), H}, dtype));
+    // [D][rows][saved_gates][H], and zeros up to the size that all steps would take.
+    const int64_t per_row = D * saved_gates(cell) * H;
+    const int64_t all = is_packed ? rows : input.size(0) * input.size(1);
+    result.push_back(empty<1>({all * per_row}, dtype));
+    const int64_t bytes = element_bytes(f.dtype);
+    std::memset(data(result.back()) + rows * per_row * bytes, 0,
+                static_cast<size_t>((all - rows) * per_row * bytes));
   }
   if (lengths) {
     zero_padding(result[0], f.sequences, batch_first);

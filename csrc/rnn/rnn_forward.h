@@ -22,13 +22,18 @@ constexpr int64_t kStreamedGates = 8 << 20;
 // States up to this size are prefetched as a whole.
 constexpr int64_t kFetchedState = 16 * 1024;
 
+// The form in which members hand states to each other. int8 states travel as floats: their scale is
+// searched for anew in each row and step, which is what keeps small states exact, and NaN in its
+// row.
+template <Format format>
+constexpr Format kExchanged = format == Format::kInt8 ? Format::kFloat32 : format;
+
 // The buffers of one direction, as offsets into its workspace.
 struct ForwardPlaces {
-  int64_t state;       // float [blocks][B][units]: c of an LSTM, h of a GRU
-  int64_t h[2];        // staged rows [B] of the state before and after a step
-  int64_t m;           // staged rows [B]: the cell's output before the projection
-  int64_t h_float[2];  // float rows [B]: int8 states whose scale must be searched for
-  int64_t member;      // per member: staged input rows, their scales, staged states, their scales
+  int64_t state;   // float [blocks][B][units]: c of an LSTM, h of a GRU
+  int64_t h[2];    // staged rows [B] of the state before and after a step
+  int64_t m;       // staged rows [B]: the cell's output before the projection
+  int64_t member;  // per member: staged input rows, their scales, staged states, their scales
   int64_t member_bytes, member_scale, member_h, member_h_scale;
   int64_t gates;  // float [blocks][chunk rows][width]: input products
   int64_t bytes;
@@ -49,11 +54,8 @@ inline ForwardPlaces forward_places(const Forward& f) {
     return here;
   };
   p.state = take(cell == Cell::kLstm || cell == Cell::kGru ? blocks * B * Bl::kUnits * 4 : 0);
-  for (int i = 0; i < 2; ++i) p.h[i] = take(B * staged_row_bytes(format, s.P));
-  p.m = take(s.projected ? B * staged_row_bytes(format, s.H) : 0);
-  for (int i = 0; i < 2; ++i) {
-    p.h_float[i] = take(int8 ? B * staged_row_bytes(Format::kFloat32, s.P) : 0);
-  }
+  for (int i = 0; i < 2; ++i) p.h[i] = take(B * staged_row_bytes(kExchanged<format>, s.P));
+  p.m = take(s.projected ? B * staged_row_bytes(kExchanged<format>, s.H) : 0);
   const int64_t row = staged_row_bytes(format, s.I);
   p.stage_rows = kStageBytes / row;
   if (p.stage_rows < 16) p.stage_rows = 16;
@@ -61,7 +63,8 @@ inline ForwardPlaces forward_places(const Forward& f) {
   p.member = at;
   p.member_scale = round_up(p.stage_rows * row, 64);
   p.member_h = p.member_scale + round_up(p.stage_rows * 4, 64);
-  p.member_h_scale = p.member_h + (int8 ? B * staged_row_bytes(format, s.P) : 0);
+  const int64_t widest = s.projected && s.H > s.P ? s.H : s.P;
+  p.member_h_scale = p.member_h + (int8 ? B * staged_row_bytes(format, widest) : 0);
   p.member_bytes = p.member_h_scale + round_up(B * 4, 64);
   take(p.member_bytes * f.threads);
   p.gates = take(blocks * f.chunk_rows * Bl::kWidth * kLanes * 4);
@@ -75,6 +78,7 @@ class ForwardRun {
   static constexpr int NV = Bl::kVectors;
   static constexpr int kTileRows = max_tile_rows(NV);
   static constexpr int kRowFloats = Bl::kWidth * kLanes;
+  static constexpr Format kExchange = kExchanged<format>;
   static constexpr bool kLstmCell = cell == Cell::kLstm;
   static constexpr bool kGruCell = cell == Cell::kGru;
 
@@ -95,7 +99,6 @@ class ForwardRun {
         work_(workspace),
         first_(part(Bl::blocks(s_.H), rank)),
         last_(part(Bl::blocks(s_.H), rank + 1)),
-        h_stride_(staged_row_bytes(format, s_.P)),
         esize_(element_bytes(call.dtype)),
         stream_gates_(can_stream_gates()) {}
 
@@ -142,30 +145,36 @@ class ForwardRun {
     return reinterpret_cast<float*>(work_ + places_.gates) +
            (block * call_.chunk_rows + row) * kRowFloats;
   }
-  char* h_row(int i, int64_t r) const { return work_ + places_.h[i] + r * h_stride_; }
-  char* h_float_row(int i, int64_t r) const {
-    return work_ + places_.h_float[i] + r * staged_row_bytes(Format::kFloat32, s_.P);
+  char* h_row(int i, int64_t r) const {
+    return work_ + places_.h[i] + r * staged_row_bytes(kExchange, s_.P);
   }
-  char* m_row(int64_t r) const { return work_ + places_.m + r * staged_row_bytes(format, s_.H); }
+  char* m_row(int64_t r) const { return work_ + places_.m + r * staged_row_bytes(kExchange, s_.H); }
+
+  // `n` exchanged rows of k numbers as the product reads them: as they are, or for int8 in this
+  // member's own copy, with each row's scale.
+  RowsView staged_states(const char* rows, int64_t n, int64_t k) {
+    const int64_t exchanged = staged_row_bytes(kExchange, k);
+    if constexpr (format != Format::kInt8) {
+      return {rows, exchanged};
+    } else {
+      const int64_t stride = staged_row_bytes(format, k);
+      char* own = member() + places_.member_h;
+      for (int64_t r = 0; r < n; ++r) {
+        row_scale()[r] =
+            stage_row<format>(rows + r * exchanged, Format::kFloat32, k, own + r * stride);
+      }
+      return {own, stride};
+    }
+  }
+  float* row_scale() const { return reinterpret_cast<float*>(member() + places_.member_h_scale); }
 
   // The initial state into the buffers. With unequal lengths and reversed time rows join later, at
   // either buffer's turn, so both start with it.
   void prepare() {
-    if constexpr (format == Format::kInt8) {
-      // tanh and gated averages keep a state that starts within 1 there: its scale is known.
-      search_scale_ = cell == Cell::kRelu || s_.projected || (dir_.h0 && !bounded_by_one());
-      float* scale = reinterpret_cast<float*>(member() + places_.member_h_scale);
-      for (int64_t r = 0; r < s_.B; ++r) scale[r] = 1.0f / 127.0f;
-      row_scale_ = scale;
-    }
     for (int64_t r = part(s_.B, rank_); r < part(s_.B, rank_ + 1); ++r) {
       const char* h0 = dir_.h0 ? dir_.h0 + q_.position(r) * s_.P * esize_ : nullptr;
       for (int i = 0; i < 2; ++i) {
-        if (format == Format::kInt8 && search_scale_) {
-          put_row<Format::kFloat32>(h0, s_.P, h_float_row(i, r));
-        } else {
-          put_row<format>(h0, s_.P, h_row(i, r));
-        }
+        put_row(h0, s_.P, h_row(i, r));
         if (!(dir_.reverse && q_.sizes)) break;
       }
     }
@@ -181,21 +190,11 @@ class ForwardRun {
     }
   }
 
-  bool bounded_by_one() const {
-    const int64_t n = s_.B * s_.P;
-    for (int64_t i = 0; i < n; i += kLanes) {
-      const Float v = load_as(call_.dtype, dir_.h0 + i * esize_, lanes_left(i, n));
-      if (any_not_le(abs(v), set1(1.0f))) return false;
-    }
-    return true;
-  }
-
-  // A row of the initial state (null: zeros) in a staged form whose scale is 1/127 if any.
-  template <Format f>
+  // A row of the initial state (null: zeros) in its exchanged form.
   void put_row(const char* src, int64_t k, char* dst) {
     for (int64_t i = 0; i < k; i += kLanes) {
       const Float v = src ? load_as(call_.dtype, src + i * esize_, lanes_left(i, k)) : zero();
-      stage_vector<f>(staged_at<f>(dst, i), v, 127.0f);
+      stage_vector<kExchange>(staged_at<kExchange>(dst, i), v);
     }
   }
 
@@ -245,24 +244,18 @@ class ForwardRun {
   // One step: state `now` to state `now ^ 1`. `gate_row` is the step's first row of input products.
   void step(int64_t t, int64_t gate_row, int now, bool h_is_zero) {
     const int64_t n = q_.active(t);
-    const char* h = h_row(now, 0);
-    if constexpr (format == Format::kInt8) {
-      if (search_scale_ && !h_is_zero) {
-        char* own = member() + places_.member_h;
-        float* scale = reinterpret_cast<float*>(member() + places_.member_h_scale);
-        for (int64_t r = 0; r < n; ++r) {
-          scale[r] =
-              stage_row<format>(h_float_row(now, r), Format::kFloat32, s_.P, own + r * h_stride_);
-        }
-        h = own;
-      }
-    }
+    const char* h_now = h_row(now, 0);
     // Part of a small state was just written by other cores: ask for all of it at once.
-    if (!h_is_zero && n * h_stride_ <= kFetchedState) {
-      for (int64_t at = 0; at < n * h_stride_; at += 64) _mm_prefetch(h + at, _MM_HINT_T0);
+    const int64_t state_bytes = n * staged_row_bytes(kExchange, s_.P);
+    if (!h_is_zero && state_bytes <= kFetchedState) {
+      for (int64_t at = 0; at < state_bytes; at += 64) _mm_prefetch(h_now + at, _MM_HINT_T0);
     }
+    const RowsView h = h_is_zero ? RowsView{h_now, 0} : staged_states(h_now, n, s_.P);
     alignas(64) float products[kTileRows * kRowFloats];
-    if (h_is_zero) std::memset(products, 0, sizeof(products));
+    if (h_is_zero) {
+      std::memset(products, 0, sizeof(products));
+      for (int64_t r = 0; format == Format::kInt8 && r < n; ++r) row_scale()[r] = 0.0f;
+    }
     const RowTiles tiles(n, kTileRows);
     for (int64_t i_block = 0; i_block < last_ - first_; ++i_block) {
       // Every other step goes through the blocks backwards: it starts with those that are still in
@@ -274,9 +267,8 @@ class ForwardRun {
         if (dir_.gates) prefetch_results(b, t, row, rows);
         if (!h_is_zero) {
           for (int p = 0; p < Bl::kPanels; ++p) {
-            multiply_rows<format, NV>(rows, hh_, b * Bl::kPanels + p,
-                                      {h + row * h_stride_, h_stride_}, products + p * NV * kLanes,
-                                      kRowFloats);
+            multiply_rows<format, NV>(rows, hh_, b * Bl::kPanels + p, h.from(row),
+                                      products + p * NV * kLanes, kRowFloats);
           }
         }
         for (int j = 0; j < rows; ++j) {
@@ -307,7 +299,7 @@ class ForwardRun {
     Float x = load(products + v * kLanes);
     if constexpr (format == Format::kInt8) {
       const Float column = load(hh_.scale + block * kRowFloats + v * kLanes);
-      x = mul(x, mul(column, set1(row_scale_[row])));
+      x = mul(x, mul(column, set1(row_scale()[row])));
     }
     return x;
   }
@@ -366,7 +358,7 @@ class ForwardRun {
   // The cell's output: to the projection, or to the caller and the next step.
   void put_output(int64_t t, int64_t r, int64_t unit, int n, Float h, int next) {
     if (s_.projected) {
-      stage_vector<format>(staged_at<format>(m_row(r), unit), h, 127.0f);
+      stage_vector<kExchange>(staged_at<kExchange>(m_row(r), unit), first_lanes(h, n));
     } else {
       put_state(t, r, unit, n, h, next);
     }
@@ -374,20 +366,17 @@ class ForwardRun {
 
   void put_state(int64_t t, int64_t r, int64_t unit, int n, Float h, int next) {
     store_as(call_.dtype, dir_.output.at(q_, t, r) + unit * esize_, h, n);
-    if (format == Format::kInt8 && search_scale_) {
-      store(reinterpret_cast<float*>(h_float_row(next, r)) + unit, h);
-    } else {
-      // What the next step reads is what the caller sees.
-      const Float seen = format == Format::kFloat16 ? rounded_to(call_.dtype, h) : h;
-      stage_vector<format>(staged_at<format>(h_row(next, r), unit), seen, 127.0f);
-    }
+    // What the next step reads is what the caller sees, and zeros behind the last unit: an infinite
+    // input makes those NaN, and they may share a word with the last one.
+    const Float seen = format == Format::kFloat16 ? rounded_to(call_.dtype, h) : h;
+    stage_vector<kExchange>(staged_at<kExchange>(h_row(next, r), unit), first_lanes(seen, n));
   }
 
   // h = W_hr m for this member's share of the projection's columns.
   void project(int64_t t, int64_t n, int next) {
     using Pl = PlainBlocking;
     const PackedView hr = view(dir_.packed, header_.hr, format, s_.H, Pl::kVectors);
-    const int64_t stride = staged_row_bytes(format, s_.H);
+    const RowsView m = staged_states(m_row(0), n, s_.H);
     alignas(64) float products[max_tile_rows(Pl::kVectors) * Pl::kUnits];
     const RowTiles tiles(n, max_tile_rows(Pl::kVectors));
     const int64_t blocks = Pl::blocks(s_.P);
@@ -395,14 +384,13 @@ class ForwardRun {
       for (int64_t i = 0; i < tiles.count; ++i) {
         const int64_t row = tiles.begin(i);
         const int rows = static_cast<int>(tiles.begin(i + 1) - row);
-        multiply_rows<format, Pl::kVectors>(rows, hr, b, {m_row(row), stride}, products,
-                                            Pl::kUnits);
+        multiply_rows<format, Pl::kVectors>(rows, hr, b, m.from(row), products, Pl::kUnits);
         for (int j = 0; j < rows; ++j) {
           for (int v = 0; v < Pl::kVectors && b * Pl::kUnits + v * kLanes < s_.P; ++v) {
             const int64_t unit = b * Pl::kUnits + v * kLanes;
             Float h = load(products + j * Pl::kUnits + v * kLanes);
             if constexpr (format == Format::kInt8) {
-              h = mul(h, mul(load(hr.scale + unit), set1(1.0f / 127.0f)));
+              h = mul(h, mul(load(hr.scale + unit), set1(row_scale()[row + j])));
             }
             put_state(t, row + j, unit, lanes_left(unit, s_.P), h, next);
           }
@@ -442,11 +430,8 @@ class ForwardRun {
   const ForwardPlaces places_;
   char* const work_;
   const int64_t first_, last_;  // own blocks
-  const int64_t h_stride_;
   const int esize_;
   const bool stream_gates_;
-  bool search_scale_ = false;         // int8: the state's scale is not known beforehand
-  const float* row_scale_ = nullptr;  // int8: each row's scale of the state
 };
 
 template <Cell cell, Format format>

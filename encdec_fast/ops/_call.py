@@ -15,6 +15,7 @@ LayerResult: TypeAlias = tuple[Tensor, Tensor, State, State]
 
 PLAIN_TYPES = frozenset({Tensor, torch.nn.Parameter})
 CELLS = {"lstm": 0, "gru": 1, "rnn_tanh": 2, "rnn_relu": 3}  # as the C++ ops number them
+GRAPHS = ("compile", "dispatch")  # contexts in which sizes may be symbols, and the op is called
 GATES = {"lstm": 4, "gru": 3, "rnn_tanh": 1, "rnn_relu": 1}
 WEIGHT_DTYPES = {None: "", torch.bfloat16: "bfloat16", "bfloat16": "bfloat16", "int8": "int8"}
 

@@ -12,6 +12,7 @@ from encdec_fast.backends import Backend, Description, select
 from encdec_fast.ops import _cpu
 from encdec_fast.ops._call import (
     GATES,
+    GRAPHS,
     WEIGHT_DTYPES,
     LayerResult,
     RecurrentCall,
@@ -65,7 +66,7 @@ def _choose(
         context = "autocast"
     else:
         context = context_of(input, weights)
-    empty = context != "compile" and input.numel() == 0
+    empty = context not in GRAPHS and input.numel() == 0
     device = input.device.type
     flags = (False, False, False, dtype, "step", context, empty)
     return op.backends, RecurrentCall(kind, input.dtype, device, training, len(weights), *flags)
@@ -81,7 +82,7 @@ def step(
     if not fits(input, h, c, weights):
         return None
     backends, call = _choose(op, kind, input, h, c, weights, dtype)
-    if call.context in ("compile", "dispatch"):
+    if call.context in GRAPHS:
         if call.training:  # autograd and the compiler know torch's cell like any other formula
             return torch_step(kind, input, h, c, weights, dtype)
         run: Callable[..., LayerResult] = op.emit

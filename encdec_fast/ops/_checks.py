@@ -181,6 +181,10 @@ def as_lengths(lengths: Tensor | Sequence[int], input: Tensor, batch_first: bool
             )
         result = lengths.detach().to(torch.int64)
     else:
+        if not isinstance(lengths, Sequence):
+            raise RuntimeError(
+                f"'lengths' must be a tensor or a sequence of int, but got {lengths!r}"
+            )
         if not all(isinstance(length, int) for length in lengths):
             raise TypeError(f"'lengths' must be a tensor or a sequence of int, but got {lengths!r}")
         result = torch.tensor(lengths, dtype=torch.int64, device="cpu")
@@ -215,8 +219,13 @@ def split_states(name: str, hx: Any) -> tuple[State, State]:
     if hx is None:
         return None, None
     if name == "lstm":
-        if not isinstance(hx, (tuple, list)) or len(hx) != 2:
+        if not isinstance(hx, (tuple, list)):
             raise TypeError(f"lstm: hx must be a pair (h_0, c_0), but got {type(hx).__name__}")
+        if len(hx) != 2:
+            raise RuntimeError(f"lstm: hx must be a pair (h_0, c_0), but it has {len(hx)} entries")
+        if not all(isinstance(state, Tensor) for state in hx):
+            kinds = ", ".join(type(state).__name__ for state in hx)
+            raise TypeError(f"lstm: hx must be a pair of tensors (h_0, c_0), but got ({kinds})")
         return hx[0], hx[1]
     if not isinstance(hx, Tensor):
         raise TypeError(f"{name}: hx must be a tensor, but got {type(hx).__name__}")

@@ -165,9 +165,9 @@ class LayerOp:
         ctx.save_for_backward(input, *others, *saved, *weights)
 
     def backward_train(self, ctx: Any, *grads: Any) -> tuple[Any, ...]:
-        input, *others = ctx.saved_tensors[:5]
-        saved = ctx.saved_tensors[5 : 5 + ctx.count]
-        weights = list(ctx.saved_tensors[5 + ctx.count :])
+        tensors = ctx.saved_tensors  # to be read once: checkpointing computes it
+        input, *others = tensors[:5]
+        saved, weights = tensors[5 : 5 + ctx.count], list(tensors[5 + ctx.count :])
         grads = grads[: self._count]
         rest = [None] * (2 + len(ctx.flags))  # lengths, batch_sizes and the flags have no gradient
         states = [s is not None for s in others[: 2 if self.cells else 1]]
@@ -191,11 +191,9 @@ class LayerOp:
         ctx.save_for_backward(*self._grads(inputs), input, *others, *weights)
 
     def backward_backward(self, ctx: Any, *outer: Any) -> tuple[Any, ...]:
-        grads, (input, h0, c0, lengths, batch_sizes) = (
-            ctx.saved_tensors[:4],
-            ctx.saved_tensors[4:9],
-        )
-        weights = list(ctx.saved_tensors[9:])
+        tensors = ctx.saved_tensors
+        grads, weights = tensors[:4], list(tensors[9:])
+        input, h0, c0, lengths, batch_sizes = tensors[4:9]
         call = self.make_call((input, weights, h0, c0, lengths, batch_sizes), ctx.flags, True)
 
         def layer(input: Tensor, weights: list[Tensor], h0: State, c0: State) -> LayerResult:

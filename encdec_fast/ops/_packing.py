@@ -1,10 +1,10 @@
 """Weights packed for the CPU kernels, kept for as long as the parameters they were made from.
 
 A stale pack is a wrong result. An entry belongs to exactly these tensor objects (it goes when any
-of them dies), and is used only while each has the memory and the version counter that it was packed
-from. What leaves neither trace (`p.data.add_()`, tensors made under inference_mode) is caught by
-the kernel, which compares a fingerprint of the values when it runs. A change of a few elements
-through `.data` can escape even that: call `repack`.
+of them or its memory dies), and is used only while each has the memory and the version counter that
+it was packed from. What leaves neither trace (`p.data.add_()`, tensors made under inference_mode)
+is caught by the kernel, which compares a fingerprint of the values when it runs. A change of a few
+elements through `.data` can escape even that: call `repack`.
 """
 
 from __future__ import annotations
@@ -39,7 +39,13 @@ class _Entry:
         def drop(_: Any) -> None:
             _entries.pop(key, None)
 
-        self.references = [weakref.ref(weight, drop) for weight in weights]
+        # A weak reference to a parameter would keep torch.utils.swap_tensors from moving it; its
+        # memory does as well, since nobody makes parameters on the same memory again and again.
+        # Plain tensors are made that way (`p.data` in every call, each with the same id).
+        self.references = [
+            weakref.ref(w.untyped_storage() if type(w) is torch.nn.Parameter else w, drop)
+            for w in weights
+        ]
 
     def fresh(self, weights: list[Tensor]) -> bool:
         if self.pointers != [weight.data_ptr() for weight in weights]:

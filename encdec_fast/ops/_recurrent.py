@@ -13,6 +13,7 @@ from encdec_fast.backends import Backend, BackendRefused, Description, select
 from encdec_fast.ops import _autocast, _checks, _cpu, _torch
 from encdec_fast.ops._call import (
     GATES,
+    GRAPHS,
     WEIGHT_DTYPES,
     LayerResult,
     RecurrentCall,
@@ -57,8 +58,7 @@ def describe(
             f"weight_dtype={weight_dtype!r} is for inference, and a gradient is needed here: "
             "call it under torch.no_grad() or torch.inference_mode()"
         )
-    compiling = torch.compiler.is_compiling()
-    context = "compile" if compiling else context_of(input, weights)
+    context = "compile" if torch.compiler.is_compiling() else context_of(input, weights)
     call = RecurrentCall(
         kind,
         input.dtype,
@@ -71,7 +71,7 @@ def describe(
         weight_dtype,
         "lengths" if lengths is not None else "packed" if batch_sizes is not None else "",
         context,
-        not compiling and input.numel() == 0,
+        context not in GRAPHS and input.numel() == 0,
     )
     # Under a transform autograd is not the one who asks: plain PyTorch serves any number of them.
     if training and context not in ("grad", "transform", "subclass"):
@@ -104,17 +104,18 @@ def run(
     if not _checks.fits(input, h0, c0, weights, rows, batch_first, batch_sizes, projected):
         return None
     backends, call = describe(net, input, h0, c0, weights, lengths, batch_sizes, cell_states)
-    context = call.context
     emit: Callable[..., LayerResult] = op.emit
-    if context != "compile":
+    if call.context != "compile":
         if lengths is not None:
             _checks.check_length_values(lengths, input.shape[1 if batch_first else 0])
-        backend = select(backends, call)
-        if backend.name == "torch" and context != "dispatch":
-            return *torch_network(net, input, h0, c0, weights, dropout, lengths, batch_sizes), None
-        if backends is op.backends and context != "dispatch":
-            emit = backend.run  # no autograd formula is needed: spare the way through the op
-        else:
+        if call.context != "dispatch":
+            backend = select(backends, call)
+            if backend.name == "torch":
+                fixed = (weights, dropout, lengths, batch_sizes)
+                return *torch_network(net, input, h0, c0, *fixed), None
+            if backends is op.backends:
+                emit = backend.run  # no autograd formula is needed: spare the way through the op
+        if call.training:
             _checks.check_devices(op.name, input, weights)
     if num_layers == 1:
         return emit(call, input, weights, h0, c0, lengths, batch_sizes)

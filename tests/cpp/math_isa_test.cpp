@@ -83,7 +83,7 @@ void run_tests() {
 
   const float inf = std::numeric_limits<float>::infinity();
   const float nan = std::numeric_limits<float>::quiet_NaN();
-  CHECK_NEAR(one(sigmoid(set1(-inf))), 0.0, 1e-38);
+  CHECK_EQ(one(sigmoid(set1(-inf))), 0.0f);
   CHECK_EQ(one(sigmoid(set1(inf))), 1.0f);
   CHECK_EQ(one(tanh(set1(inf))), 1.0f);
   CHECK_EQ(one(tanh(set1(-inf))), -1.0f);
