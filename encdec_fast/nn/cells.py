@@ -43,7 +43,7 @@ class CellModule(torch.nn.modules.rnn.RNNCellBase):
     def _arguments(self, input: Any, h: Any, c: Any) -> tuple[Any, ...] | None:
         """The arguments of a step of the op, batched, or None where torch must decide."""
         dim = input.dim()
-        if dim not in (1, 2):
+        if dim not in (1, 2) or (self._op.cells and (h is None) != (c is None)):
             return None
         for state in (h, c):
             if state is not None and (not isinstance(state, Tensor) or state.dim() != dim):

@@ -41,6 +41,8 @@ def fits(input: Tensor, h: State, c: State, weights: list[Tensor]) -> bool:
         return False
     if input.dtype is not w_ih.dtype or input.device != w_ih.device:
         return False
+    if (c is None) != (h is None) and weights[1].shape[0] == GATES["lstm"] * weights[1].shape[1]:
+        return False  # half of an LSTM's pair
     shape = (input.shape[0], weights[1].shape[1])
     for state in (h, c):
         if state is not None and (
@@ -128,9 +130,12 @@ def _arguments(
         raise ValueError(f"{op.name}_cell: b_ih and b_hh must both be given, or neither")
     weights = [w_ih, w_hh] if b_ih is None or b_hh is None else [w_ih, w_hh, b_ih, b_hh]
     h, c = split_states(op.name, hx)
+    name = f"{op.name.upper()}Cell"
     if input.dim() not in (1, 2):
-        name = f"{op.name.upper()}Cell"
         raise ValueError(f"{name}: Expected input to be 1D or 2D, got {input.dim()}D instead")
+    for state in (h, c):
+        if state is not None and state.dim() not in (1, 2):
+            raise ValueError(f"{name}: Expected hx to be 1D or 2D, got {state.dim()}D instead")
     if input.dim() == 1:
         input = input.unsqueeze(0)
         h, c = (None if s is None else s.unsqueeze(0) for s in (h, c))

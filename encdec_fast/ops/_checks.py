@@ -215,18 +215,15 @@ def check_length_values(lengths: Tensor, steps: int) -> None:
 
 
 def split_states(name: str, hx: Any) -> tuple[State, State]:
-    """(h0, c0) of a network's `hx`: a pair for the LSTM, one tensor for the others."""
+    """(h0, c0) of a network's or a cell's `hx`: a pair for the LSTM, one tensor for the others."""
     if hx is None:
         return None, None
-    if name == "lstm":
-        if not isinstance(hx, (tuple, list)):
-            raise TypeError(f"lstm: hx must be a pair (h_0, c_0), but got {type(hx).__name__}")
-        if len(hx) != 2:
-            raise RuntimeError(f"lstm: hx must be a pair (h_0, c_0), but it has {len(hx)} entries")
-        if not all(isinstance(state, Tensor) for state in hx):
-            kinds = ", ".join(type(state).__name__ for state in hx)
-            raise TypeError(f"lstm: hx must be a pair of tensors (h_0, c_0), but got ({kinds})")
-        return hx[0], hx[1]
-    if not isinstance(hx, Tensor):
-        raise TypeError(f"{name}: hx must be a tensor, but got {type(hx).__name__}")
-    return hx, None
+    if name != "lstm":
+        if not isinstance(hx, Tensor):
+            raise TypeError(f"{name}: hx must be a tensor, but it is {type(hx).__name__}")
+        return hx, None
+    states = hx if isinstance(hx, (tuple, list)) else (hx,)
+    if len(states) != 2 or not all(isinstance(state, Tensor) for state in states):
+        kinds = ", ".join(type(state).__name__ for state in states)
+        raise TypeError(f"lstm: hx must be a pair of tensors (h_0, c_0), but it is ({kinds})")
+    return states[0], states[1]
