@@ -47,7 +47,7 @@ class Stats:
         return Stats(median, q1, q3, len(samples))
 
 
-def wait_until_quiet(limit_s: float = 0.25, step_s: float = 1e-3) -> bool:
+def wait_until_quiet(limit_s: float = 3.0, step_s: float = 1e-3) -> bool:
     """Sleep until no thread of this process uses the CPU any more; False when `limit_s` is over.
 
     The process's CPU time counts all threads, also those of native pools. Two quiet steps in a row

@@ -181,11 +181,11 @@ def op_arguments(
         states = [None] * len(states)
     own = {"lstm": (cell_states,), "gru": ()}.get(kind, (kind[4:],))
     return (
-        new(7, 3) if packed else new(5, 2, 3),
+        new(5, 3) if packed else new(2, 2, 3),
         [new(*shape) for shape in shapes],
         *states,
-        torch.tensor([2, 5]) if ragged == "lengths" else None,
-        torch.tensor([3, 2, 1, 1]) if packed else None,
+        torch.tensor([1, 2]) if ragged == "lengths" else None,
+        torch.tensor([3, 2]) if packed else None,
         True,
         False,
         *own,

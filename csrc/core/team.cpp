@@ -68,8 +68,16 @@ void run_team(int wanted, void (*body)(int rank, int size, void* context), void*
     body(0, 1, context);
     return;
   }
+  // Members meet once more before the region ends: OpenMP's own wait there spins for milliseconds,
+  // and where the system has put two members on one core, the one that spins keeps the other from
+  // running.
+  Barrier end;
 #pragma omp parallel num_threads(wanted)
-  body(omp_get_thread_num(), omp_get_num_threads(), context);
+  {
+    const int size = omp_get_num_threads();
+    body(omp_get_thread_num(), size, context);
+    end.wait(size);
+  }
 }
 
 }  // namespace encdec

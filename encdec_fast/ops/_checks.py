@@ -225,5 +225,7 @@ def split_states(name: str, hx: Any) -> tuple[State, State]:
     states = hx if isinstance(hx, (tuple, list)) else (hx,)
     if len(states) != 2 or not all(isinstance(state, Tensor) for state in states):
         kinds = ", ".join(type(state).__name__ for state in states)
-        raise TypeError(f"lstm: hx must be a pair of tensors (h_0, c_0), but it is ({kinds})")
+        # As torch has it: tensors, but not two of them, are another error than no tensors.
+        error = RuntimeError if isinstance(hx, (tuple, list)) and len(hx) > 2 else TypeError
+        raise error(f"lstm: hx must be a pair of tensors (h_0, c_0), but it is ({kinds})")
     return states[0], states[1]

@@ -144,7 +144,7 @@ def backward(
 ) -> tuple[Tensor, list[Tensor], Tensor, State]:
     grad_output, grad_h_n, grad_c_n, grad_cells = grads
     directions, saved = call.directions, 4 if call.kind in ("lstm", "gru") else 0
-    # The rows come before the padding that the op may have put behind them.
+    # Real steps come first; behind them there is room for as many steps as the shapes allow.
     rows = output.shape[0] if batch_sizes is not None else output.shape[0] * output.shape[1]
     if lengths is not None:
         rows = int(lengths.sum())
