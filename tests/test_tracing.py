@@ -143,3 +143,39 @@ def test_subclass_of_tensor(kind: str) -> None:
     expected, output = theirs(x)[0], ours(x)[0]
     assert type(output) is type(expected)
     torch.testing.assert_close(output, expected)
+
+
+@ALL
+def test_gradients_of_many_directions_at_once(kind: str) -> None:
+    """is_grads_batched, jacobian and hessian of torch.autograd, vectorized or not."""
+    _, module = pair(kind, bidirectional=True)
+    x = torch.randn(3, 2, I, requires_grad=True)
+    output = module(x)[0]
+    seeds = torch.randn(4, *output.shape)
+    leaves = [x, *module.parameters()]
+    together = torch.autograd.grad(output, leaves, seeds, is_grads_batched=True, retain_graph=True)
+    for i, seed in enumerate(seeds):
+        alone = torch.autograd.grad(output, leaves, seed, retain_graph=True)
+        for batched, one in zip(together, alone, strict=True):
+            torch.testing.assert_close(batched[i], one, rtol=1e-4, atol=1e-5)
+
+    def loss(x: Tensor) -> Tensor:
+        total: Tensor = module(x)[0].square().sum()
+        return total
+
+    small = torch.randn(2, 1, I)
+    one_by_one = torch.autograd.functional.hessian(loss, small)
+    at_once = torch.autograd.functional.hessian(loss, small, vectorize=True)
+    torch.testing.assert_close(at_once, one_by_one, rtol=1e-4, atol=1e-5)
+
+
+@ALL
+def test_hooks_on_what_is_saved(kind: str) -> None:
+    """Saved tensors pass through the hooks that offload or compress them."""
+    _, module = pair(kind)
+    x = torch.randn(3, 2, I, requires_grad=True)
+    (expected,) = torch.autograd.grad(module(x)[0].sum(), x)
+    with torch.autograd.graph.save_on_cpu():
+        output = module(x)[0]
+    (result,) = torch.autograd.grad(output.sum(), x)
+    assert torch.equal(result, expected)

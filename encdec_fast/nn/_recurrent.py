@@ -3,36 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
 from encdec_fast.backends import Description
-from encdec_fast.ops import _checks, _recurrent
+from encdec_fast.ops import _checks, _public, _recurrent
 from encdec_fast.ops._call import WEIGHT_DTYPES, LayerResult, State
 from encdec_fast.ops._layer import LayerOp
-from encdec_fast.ops._recurrent import Network
+from encdec_fast.ops._recurrent import Arguments, Network
 
 Lengths: TypeAlias = Tensor | Sequence[int] | None
 
 
 _KINDS = {"LSTM": "lstm", "GRU": "gru", "RNN_TANH": "rnn_tanh", "RNN_RELU": "rnn_relu"}
-
-
-class _Arguments(NamedTuple):
-    """What a call is made of, in the form that `_recurrent.run` takes."""
-
-    net: Network
-    input: Tensor
-    h0: State
-    c0: State
-    weights: list[Tensor]
-    dropout: float
-    lengths: State
-    batch_sizes: State
-    cell_states: bool
 
 
 class RecurrentModule(torch.nn.RNNBase):
@@ -80,7 +66,7 @@ class RecurrentModule(torch.nn.RNNBase):
 
     def _arguments(
         self, input: Any, hx: Any, lengths: Lengths, cell_states: bool
-    ) -> _Arguments | None:
+    ) -> Arguments | None:
         """The arguments of the network of ops, or None where torch must decide."""
         net = self._network()
         weights = self._weights()
@@ -97,7 +83,7 @@ class RecurrentModule(torch.nn.RNNBase):
                 h0 = h0.index_select(1, order)
                 c0 = None if c0 is None else c0.index_select(1, order)
             batch_sizes = input.batch_sizes
-            return _Arguments(
+            return Arguments(
                 net, input.data, h0, c0, weights, dropout, None, batch_sizes, cell_states
             )
         dim = input.dim()
@@ -114,7 +100,7 @@ class RecurrentModule(torch.nn.RNNBase):
         checked = None
         if lengths is not None:
             checked = _checks.as_lengths(lengths, input, self.batch_first)
-        return _Arguments(net, input, h0, c0, weights, dropout, checked, None, cell_states)
+        return Arguments(net, input, h0, c0, weights, dropout, checked, None, cell_states)
 
     def _run(
         self, input: Any, hx: Any, lengths: Lengths, cell_states: bool
@@ -164,9 +150,9 @@ class RecurrentModule(torch.nn.RNNBase):
     ) -> Description:
         """What `explain` asks of a module."""
         arguments = self._arguments(input, hx, lengths, return_cell_states)
-        if arguments is None or not _recurrent.accepts(*arguments):
+        if arguments is None or not arguments.fit():
             raise TypeError("explain: these arguments do not fit the module; call it for the error")
-        return _recurrent.describe_network(*arguments)
+        return _public.describe_network(arguments)
 
 
 def _packed(result: LayerResult, input: PackedSequence) -> tuple[Any, Any, Any, Any]:

@@ -12,12 +12,11 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
 
 from encdec_fast.ops._call import LayerResult, State, needs_grad
 
 if TYPE_CHECKING:
-    from encdec_fast.ops._recurrent import Network
+    from encdec_fast.ops._recurrent import Arguments
 
 _CASTABLE = (torch.float32, torch.bfloat16)
 
@@ -26,19 +25,9 @@ def _as(tensor: State, dtype: torch.dtype) -> Any:
     return None if tensor is None else tensor.to(dtype)
 
 
-def run(
-    runner: Callable[..., LayerResult | None],
-    net: Network,
-    input: Tensor,
-    h0: State,
-    c0: State,
-    weights: list[Tensor],
-    dropout: float,
-    lengths: State,
-    batch_sizes: State,
-    cell_states: bool,
-) -> LayerResult | None:
+def run(runner: Callable[..., LayerResult | None], given: Arguments) -> LayerResult | None:
     """`runner` with its arguments cast; None where torch's own kernel must see them as they are."""
+    net, input, h0, c0, weights = given[:5]
     low = torch.bfloat16
     tensors = [t for t in (input, h0, c0, *weights) if t is not None]
     if (
@@ -48,22 +37,21 @@ def run(
     ):
         return None
     state = torch.promote_types((input if h0 is None else h0).dtype, low)
-    full = weights[0].dtype == torch.float32 and not needs_grad(input, h0, c0, weights)
-    if full:
+    if weights[0].dtype == torch.float32 and not needs_grad(input, h0, c0, weights):
         work = torch.float32
         if not net.weight_dtype:
             net = net._replace(weight_dtype="bfloat16")
     else:
         work = low
         weights = [weight.to(low) for weight in weights]
-    states = (_as(h0, work), _as(c0, work))
+    cast = given._replace(
+        net=net, input=input.to(work), h0=_as(h0, work), c0=_as(c0, work), weights=weights
+    )
     with torch.autocast("cpu", enabled=False):
-        result = runner(
-            net, input.to(work), *states, weights, dropout, lengths, batch_sizes, cell_states
-        )
+        result = runner(*cast)
     if result is None:
         return None
-    kept = net.kind == "gru" or (net.kind == "lstm" and batch_sizes is not None)
+    kept = net.kind == "gru" or (net.kind == "lstm" and given.batch_sizes is not None)
     out = state if kept else low
     cell = state if net.projected else out
     output, h_n, c_n, cells = result

@@ -91,13 +91,10 @@ class LayerOp:
         output, h_n, c_n, cells, gates = backend.run(call, *layer)
         if cells is None and self.cells:
             cells = output.new_zeros([*_leading(layer), call.directions * c_n.shape[2]])
-        count = _gates_count(call, layer)
         if gates is None:
-            gates = output.new_zeros(count)
-        elif gates.numel() != count:  # its size must follow from the shapes, not from the lengths
-            gates = torch.nn.functional.pad(gates.reshape(-1), (0, count - gates.numel()))
+            gates = output.new_zeros(_gates_count(call, layer))
         saved_by = torch.tensor(self.train_backends.index(backend))
-        return *self._results(output, h_n, c_n, cells), gates.reshape(-1), saved_by
+        return *self._results(output, h_n, c_n, cells), gates, saved_by
 
     def backward(self, *args: Any) -> tuple[Any, ...]:
         grads = self._grads(args)
@@ -216,6 +213,23 @@ class LayerOp:
         if not self.cells:
             return results[0], results[1], None, None
         return results[0], results[1], results[2], results[3] if call.cell_states else None
+
+    def emit_backward(
+        self,
+        call: RecurrentCall,
+        grads: Sequence[State],
+        layer: Sequence[Any],
+        output: Tensor,
+        cells: State,
+        gates: Tensor,
+        saved_by: Tensor,
+    ) -> tuple[Tensor, list[Tensor], State, State]:
+        """Call the generic backward op, which autograd can differentiate."""
+        op = getattr(torch.ops.encdec_fast, self.name + "_backward")
+        flags = (call.bidirectional, call.batch_first, *self.own_flags(call))
+        saved = (output, cells, gates, saved_by) if self.cells else (output, gates, saved_by)
+        results = op(*grads[: self._count], *self._tensors(layer), *flags, *saved)
+        return results[0], results[1], results[2], results[3] if self.cells else None
 
     def register(self, library: torch.library.Library) -> None:
         """Give the three ops their bodies, fakes and gradients."""

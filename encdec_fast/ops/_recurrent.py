@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from encdec_fast.backends import Backend, BackendRefused, Description, select
-from encdec_fast.ops import _autocast, _checks, _cpu, _torch
+from encdec_fast.backends import Backend, select
+from encdec_fast.ops import _autocast, _checks, _eager, _torch
 from encdec_fast.ops._call import (
-    GATES,
     GRAPHS,
-    WEIGHT_DTYPES,
     LayerResult,
     RecurrentCall,
     State,
@@ -38,6 +37,42 @@ class Network(NamedTuple):
     @property
     def directions(self) -> int:
         return 2 if self.bidirectional else 1
+
+
+class Arguments(NamedTuple):
+    """What `run` takes."""
+
+    net: Network
+    input: Tensor
+    h0: State
+    c0: State
+    weights: list[Tensor]
+    dropout: float = 0.0
+    lengths: State = None
+    batch_sizes: State = None
+    cell_states: bool = False
+
+    def fit(self) -> bool:
+        """Whether sizes, dtypes and devices are what the weights ask for."""
+        return _checks.fits(*self._shapes())
+
+    def complain(self) -> None:
+        """Raise what torch raises for arguments that do not fit."""
+        _checks.complain(self.net.op.name, *self._shapes())
+
+    def _shapes(self) -> tuple[Any, ...]:
+        net = self.net
+        rows = net.num_layers * net.directions
+        return (
+            self.input,
+            self.h0,
+            self.c0,
+            self.weights,
+            rows,
+            net.batch_first,
+            self.batch_sizes,
+            net.projected,
+        )
 
 
 def describe(
@@ -96,9 +131,8 @@ def run(
     zeroing an element between layers, 0 outside of training. lengths: from `as_lengths`.
     """
     if torch._C._is_any_autocast_enabled() and torch.is_autocast_enabled(input.device.type):
-        return _autocast.run(
-            run, net, input, h0, c0, weights, dropout, lengths, batch_sizes, cell_states
-        )
+        fixed = (dropout, lengths, batch_sizes, cell_states)
+        return _autocast.run(run, Arguments(net, input, h0, c0, weights, *fixed))
     op, _, num_layers, bidirectional, batch_first, projected, _ = net
     rows = 2 * num_layers if bidirectional else num_layers
     if not _checks.fits(input, h0, c0, weights, rows, batch_first, batch_sizes, projected):
@@ -111,31 +145,16 @@ def run(
         if call.context != "dispatch":
             backend = select(backends, call)
             if backend.name == "torch":
-                fixed = (weights, dropout, lengths, batch_sizes)
-                return *torch_network(net, input, h0, c0, *fixed), None
-            if backends is op.backends:
-                emit = backend.run  # no autograd formula is needed: spare the way through the op
+                rest = (weights, dropout, lengths, batch_sizes)
+                return *torch_network(net, input, h0, c0, *rest), None
+            # Nothing watches: spare the way through the dispatcher.
+            training = backends is op.train_backends
+            emit = partial(_eager.train, op, backend) if training else backend.run
         if call.training:
             _checks.check_devices(op.name, input, weights)
     if num_layers == 1:
         return emit(call, input, weights, h0, c0, lengths, batch_sizes)
     return _layers(net, emit, call, input, h0, c0, weights, dropout, lengths, batch_sizes)
-
-
-def accepts(
-    net: Network,
-    input: Tensor,
-    h0: State,
-    c0: State,
-    weights: list[Tensor],
-    dropout: float,
-    lengths: State,
-    batch_sizes: State,
-    cell_states: bool,
-) -> bool:
-    """Whether the arguments of `run` fit."""
-    rows = net.num_layers * net.directions
-    return _checks.fits(input, h0, c0, weights, rows, net.batch_first, batch_sizes, net.projected)
 
 
 def torch_network(
@@ -205,82 +224,6 @@ def _layers(
     return input, h_all, torch.cat(last_cells) if last_cells else None, cells
 
 
-def arguments(
-    op: LayerOp,
-    kind: str,
-    input: Tensor,
-    hx: Any,
-    weights: Sequence[Tensor],
-    *,
-    num_layers: int,
-    bias: bool,
-    bidirectional: bool,
-    batch_first: bool,
-    proj_size: int,
-    lengths: Tensor | Sequence[int] | None,
-    batch_sizes: State,
-    weight_dtype: torch.dtype | str | None,
-) -> tuple[Network, Tensor, State, State, list[Tensor], State, bool]:
-    """Check a public function's arguments: (net, input, h0, c0, weights, lengths, batched)."""
-    if weight_dtype not in WEIGHT_DTYPES:
-        raise ValueError(
-            f"weight_dtype must be None, torch.bfloat16 or 'int8', but it is {weight_dtype!r}"
-        )
-    name = WEIGHT_DTYPES[weight_dtype]
-    net = Network(op, kind, num_layers, bidirectional, batch_first, proj_size > 0, name)
-    weights = list(weights)
-    expected = num_layers * net.directions * (2 + 2 * bias + net.projected)
-    if len(weights) != expected:
-        raise RuntimeError(f"{op.name}: expected {expected} weights, but got {len(weights)}")
-    h0, c0 = _checks.split_states(op.name, hx)
-    batched = batch_sizes is not None or input.dim() != 2
-    if batch_sizes is None and input.dim() not in (2, 3):
-        raise ValueError(
-            f"{op.name.upper()}: Expected input to be 2D or 3D, got {input.dim()}D instead"
-        )
-    if lengths is not None and (batch_sizes is not None or not batched):
-        raise ValueError(
-            f"{op.name}: lengths needs a padded 3-D input, not "
-            + ("a packed one" if batched else "a single 2-D sequence")
-        )
-    if not batched:
-        input = input.unsqueeze(0 if batch_first else 1)
-        h0 = None if h0 is None else h0.unsqueeze(1)
-        c0 = None if c0 is None else c0.unsqueeze(1)
-    checked = None if lengths is None else _checks.as_lengths(lengths, input, batch_first)
-    return net, input, h0, c0, weights, checked, batched
-
-
-def public(
-    op: LayerOp,
-    kind: str,
-    input: Tensor,
-    hx: Any,
-    weights: Sequence[Tensor],
-    *,
-    dropout: float,
-    training: bool,
-    batch_sizes: State,
-    cell_states: bool,
-    **options: Any,
-) -> LayerResult:
-    """Check, run, and take off what an unbatched input was given."""
-    net, x, h0, c0, weights, lengths, batched = arguments(
-        op, kind, input, hx, weights, batch_sizes=batch_sizes, **options
-    )
-    p = dropout if training else 0.0
-    result = run(net, x, h0, c0, weights, p, lengths, batch_sizes, cell_states)
-    if result is None:
-        rows = net.num_layers * net.directions
-        fixed = (net.batch_first, batch_sizes, net.projected)
-        if not _checks.fits(x, h0, c0, weights, rows, *fixed):
-            _checks.complain(op.name, x, h0, c0, weights, rows, *fixed)
-        if cell_states:
-            raise BackendRefused(f"{op.name}: torch's kernel does not return the cell states")
-        result = *torch_network(net, x, h0, c0, weights, p, lengths, batch_sizes), None
-    return result if batched else unbatched(result, net.batch_first)
-
-
 def unbatched(result: LayerResult, batch_first: bool) -> LayerResult:
     """The results of a batch of one, without the batch dimension."""
     output, h_n, c_n, cells = result
@@ -291,78 +234,3 @@ def unbatched(result: LayerResult, batch_first: bool) -> LayerResult:
         None if c_n is None else c_n.squeeze(1),
         None if cells is None else cells.squeeze(batch),
     )
-
-
-def describe_public(
-    op: LayerOp,
-    kind: str,
-    input: Tensor,
-    hx: Any,
-    weights: Sequence[Tensor],
-    *,
-    dropout: float = 0.0,
-    training: bool = False,
-    num_layers: int = 1,
-    bias: bool = True,
-    bidirectional: bool = False,
-    batch_first: bool = False,
-    proj_size: int = 0,
-    lengths: Tensor | Sequence[int] | None = None,
-    batch_sizes: State = None,
-    return_cell_states: bool = False,
-    weight_dtype: torch.dtype | str | None = None,
-) -> Description:
-    """What `explain` asks of a public function; the options are the function's own."""
-    net, x, h0, c0, weights, checked, _ = arguments(
-        op,
-        kind,
-        input,
-        hx,
-        weights,
-        num_layers=num_layers,
-        bias=bias,
-        bidirectional=bidirectional,
-        batch_first=batch_first,
-        proj_size=proj_size,
-        lengths=lengths,
-        batch_sizes=batch_sizes,
-        weight_dtype=weight_dtype,
-    )
-    rows = num_layers * net.directions
-    fixed = (batch_first, batch_sizes, net.projected)
-    if not _checks.fits(x, h0, c0, weights, rows, *fixed):
-        _checks.complain(op.name, x, h0, c0, weights, rows, *fixed)
-    return describe_network(
-        net, x, h0, c0, weights, dropout, checked, batch_sizes, return_cell_states
-    )
-
-
-def describe_network(
-    net: Network,
-    input: Tensor,
-    h0: State,
-    c0: State,
-    weights: list[Tensor],
-    dropout: float,
-    lengths: State,
-    batch_sizes: State,
-    cell_states: bool,
-) -> Description:
-    """What `explain` needs of a call; the arguments are those of `run`."""
-    backends, call = describe(net, input, h0, c0, weights, lengths, batch_sizes, cell_states)
-    steps: Any = input.shape[1 if net.batch_first else 0]
-    batch: Any = input.shape[0 if net.batch_first else 1]
-    if batch_sizes is not None:
-        steps, batch = len(batch_sizes), int(batch_sizes[0])
-    hidden = weights[1].shape[0] // GATES[net.kind]
-    sizes = f"T={steps} B={batch} I={input.shape[-1]} H={hidden} layers={net.num_layers}"
-    sizes += f" D={net.directions} {input.dtype} {call.device}"
-    sizes += " training" if call.training else " inference"
-    rows = input.shape[0] if batch_sizes is not None else steps * batch
-    if lengths is not None:
-        rows = int(lengths.sum())
-
-    def plan(backend: str) -> str:
-        return _cpu.plan(call, steps, rows, batch, weights) if backend == "cpu" else ""
-
-    return Description(net.kind, backends, call, sizes, plan)

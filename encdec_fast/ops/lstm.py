@@ -37,7 +37,7 @@ import torch
 from torch import Tensor
 
 from encdec_fast.backends import Description, explained_by
-from encdec_fast.ops import _cells, _cpu, _recurrent, _torch
+from encdec_fast.ops import _cells, _cpu, _public, _torch
 from encdec_fast.ops._call import LayerResult, RecurrentCall, State, make_call
 from encdec_fast.ops._layer import LayerOp
 from encdec_fast.ops._reference import reference_backend, unroll
@@ -119,8 +119,8 @@ TRAIN_BACKENDS = (_cpu.TRAINING, _torch.TRAINING, reference_backend(_reference, 
 OP.backends, OP.train_backends = BACKENDS, TRAIN_BACKENDS
 
 
-def _describe(input: Tensor, hx: Any, weights: Sequence[Tensor], **options: Any) -> Description:
-    return _recurrent.describe_public(OP, "lstm", input, hx, weights, **options)
+def _describe(*args: Any, **options: Any) -> Description:
+    return _public.describe(OP, "lstm", lstm, *args, **options)
 
 
 @explained_by(_describe)
@@ -152,7 +152,7 @@ def lstm(
     Returns (output, (h_n, c_n)), and with return_cell_states (output, (h_n, c_n), cells), the cells
     of the last layer.
     """
-    output, h_n, c_n, cells = _recurrent.public(
+    output, h_n, c_n, cells = _public.run(
         OP,
         "lstm",
         input,
@@ -167,7 +167,7 @@ def lstm(
         proj_size=proj_size,
         lengths=lengths,
         batch_sizes=batch_sizes,
-        cell_states=return_cell_states,
+        return_cell_states=return_cell_states,
         weight_dtype=weight_dtype,
     )
     return (output, (h_n, c_n), cells) if return_cell_states else (output, (h_n, c_n))

@@ -29,7 +29,7 @@ import torch
 from torch import Tensor
 
 from encdec_fast.backends import Description, explained_by
-from encdec_fast.ops import _cells, _cpu, _recurrent, _torch
+from encdec_fast.ops import _cells, _cpu, _public, _torch
 from encdec_fast.ops._call import LayerResult, RecurrentCall, State, make_call
 from encdec_fast.ops._layer import LayerOp
 from encdec_fast.ops._reference import reference_backend, unroll
@@ -113,15 +113,8 @@ TRAIN_BACKENDS = (_cpu.TRAINING, _torch.TRAINING, reference_backend(_reference, 
 OP.backends, OP.train_backends = BACKENDS, TRAIN_BACKENDS
 
 
-def _describe(
-    input: Tensor,
-    hx: Any,
-    weights: Sequence[Tensor],
-    *,
-    nonlinearity: str = "tanh",
-    **options: Any,
-) -> Description:
-    return _recurrent.describe_public(OP, _kind(nonlinearity), input, hx, weights, **options)
+def _describe(*args: Any, nonlinearity: str = "tanh", **options: Any) -> Description:
+    return _public.describe(OP, _kind(nonlinearity), rnn, *args, **options)
 
 
 @explained_by(_describe)
@@ -151,7 +144,7 @@ def rnn(
 
     Returns (output, h_n).
     """
-    output, h_n, _, _ = _recurrent.public(
+    output, h_n, _, _ = _public.run(
         OP,
         _kind(nonlinearity),
         input,
@@ -163,10 +156,8 @@ def rnn(
         training=training,
         bidirectional=bidirectional,
         batch_first=batch_first,
-        proj_size=0,
         lengths=lengths,
         batch_sizes=batch_sizes,
-        cell_states=False,
         weight_dtype=weight_dtype,
     )
     return output, h_n
