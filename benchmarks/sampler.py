@@ -11,10 +11,12 @@ from __future__ import annotations
 
 import gc
 import statistics
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import torch
 
@@ -47,17 +49,30 @@ class Stats:
         return Stats(median, q1, q3, len(samples))
 
 
-def wait_until_quiet(limit_s: float = 3.0, step_s: float = 1e-3) -> bool:
-    """Sleep until no thread of this process uses the CPU any more; False when `limit_s` is over.
+def running_threads() -> int:
+    """How many other threads of this process run, or would if they had a core.
 
-    The process's CPU time counts all threads, also those of native pools. Two quiet steps in a row
-    are asked for, because a step may fall between two wake-ups.
+    CPU time will not tell: the kernel adds a running thread's up at its ticks, 4 or 10 ms apart.
+    """
+    own, running = threading.get_native_id(), 0
+    for task in Path("/proc/self/task").iterdir():
+        try:
+            state = (task / "stat").read_text().rpartition(")")[2].split()[0]
+        except (FileNotFoundError, ProcessLookupError):
+            continue  # it has ended meanwhile
+        running += state == "R" and int(task.name) != own
+    return running
+
+
+def wait_until_quiet(limit_s: float = 3.0, step_s: float = 1e-3) -> bool:
+    """Sleep until no other thread of this process runs; False when `limit_s` is over.
+
+    Two quiet looks in a row are asked for, because one may fall between two wake-ups.
     """
     quiet, deadline = 0, time.monotonic() + limit_s
     while time.monotonic() < deadline:
-        before = time.process_time()
         time.sleep(step_s)
-        quiet = quiet + 1 if time.process_time() - before < 0.2 * step_s else 0
+        quiet = 0 if running_threads() else quiet + 1
         if quiet == 2:
             return True
     return False

@@ -63,6 +63,22 @@ inline void read_columns(const ColumnSource& c, int64_t k0, int count, float* ou
   }
 }
 
+// Asks for the block that is kAhead blocks further: its lines lie one per column or one per k, too
+// far apart for the hardware to foresee. A prefetch beyond the end of the matrix does nothing.
+inline void prefetch_columns(const ColumnSource& c, int64_t k0, int count) {
+  constexpr int64_t kAhead = 4 * kPackDepth;
+  const int64_t bytes = element_bytes(c.dtype);
+  const auto fetch = [&](int64_t column, int64_t k, int64_t length) {
+    const char* p = c.src + (column * c.lane_stride + k * c.k_stride) * bytes;
+    for (int64_t at = 0; at < length * bytes; at += 64) _mm_prefetch(p + at, _MM_HINT_T0);
+  };
+  if (c.lane_stride == 1) {
+    for (int k = 0; k < count; ++k) fetch(0, k0 + kAhead + k, c.lanes);
+  } else {
+    for (int l = 0; l < c.lanes; ++l) fetch(l, k0 + kAhead, count);
+  }
+}
+
 // One vector of columns into its place in a panel: `dst` is the vector's first group, `step` the
 // bytes from group to group. `scale` and `start` (int8 only) receive kLanes values each.
 template <Format format>
@@ -89,11 +105,13 @@ inline void pack_columns(const ColumnSource& c, int64_t k, char* dst, int64_t st
   constexpr int kGroup = group_size(format);
   for (int64_t k0 = 0; k0 < k; k0 += kPackDepth) {
     const int count = static_cast<int>(k - k0 < kPackDepth ? k - k0 : kPackDepth);
+    prefetch_columns(c, k0, count);
     read_columns(c, k0, count, block);
     const int whole = static_cast<int>(round_up(count, kGroup));
     for (int i = count; i < whole; ++i) store(block + i * kLanes, zero());
     for (int i = 0; i < whole; i += kGroup, dst += step) {
       const float* b = block + i * kLanes;
+      __builtin_prefetch(dst + 2 * kPackDepth * step, 1);  // to be written: fetched meanwhile
       if constexpr (format == Format::kFloat32) {
         store(reinterpret_cast<float*>(dst), load(b));
       } else if constexpr (format == Format::kFloat16) {

@@ -34,7 +34,7 @@ struct BackwardPlaces {
   int64_t w_hh, w_ih;      // packed, k over gates
   int64_t gate_grads;      // staged rows of dG [chunk rows]
   int64_t dh, dc;          // float [B][padded]
-  int64_t bias;            // float [segments][padded]
+  int64_t bias;            // float [padded / kLanes][segments][sum, error][kLanes]
   int64_t sum_ih, sum_hh;  // float sums of weight gradients, where those are not float
   int64_t pointers;        // const char* [chunk rows]: inputs, previous states, grad_input
   int64_t zeros;           // a row of zeros, for an absent h0
@@ -126,6 +126,10 @@ class BackwardRun {
   static int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
   int64_t part(int64_t n, int i) const { return n * i / members_; }
   float* floats(int64_t place) const { return reinterpret_cast<float*>(work_ + place); }
+  // The sum of a segment's gradients over all rows, and behind it what rounding took from it.
+  float* bias_sum(int segment, int64_t u) const {
+    return floats(places_.bias) + 2 * (u * Sg::kCount + segment * kLanes);
+  }
   char* grad_row(int64_t row) const { return work_ + places_.gate_grads + row * places_.row_bytes; }
   float* dh(int64_t r) const { return floats(places_.dh) + r * places_.padded; }
   float* dc(int64_t r) const { return floats(places_.dc) + r * places_.padded; }
@@ -149,9 +153,7 @@ class BackwardRun {
     if (rank_ == 0) std::memset(work_ + places_.zeros, 0, static_cast<size_t>(s_.P * 4));
     for (int64_t u = first_; u < last_; u += kLanes) {
       const int n = lanes_left(u, s_.H);
-      for (int i = 0; i < 2 * Sg::kCount; ++i) {
-        store(floats(places_.bias) + i * places_.padded + u, zero());
-      }
+      std::memset(bias_sum(0, u), 0, sizeof(float) * 2 * Sg::kCount * kLanes);
       for (int64_t r = 0; r < s_.B; ++r) {
         const int64_t at = (q_.position(r) * s_.H + u) * esize_;
         store(dh(r) + u, dir_.grad_h_n ? read(dir_.grad_h_n + at, n) : zero());
@@ -255,9 +257,9 @@ class BackwardRun {
     };
     const auto put = [&](int i, Float v) __attribute__((always_inline)) {
       stage_vector<format>(staged_at<format>(grad_row(chunk_row), i * places_.padded + u), v);
-      float* sum = floats(places_.bias) + i * places_.padded + u;
       // Kahan's sum: there may be a hundred thousand rows.
-      float* error = sum + Sg::kCount * places_.padded;
+      float* sum = bias_sum(i, u);
+      float* error = sum + kLanes;
       const Float before = load(sum), wanted = sub(v, load(error)), after = add(before, wanted);
       store(error, sub(sub(after, before), wanted));
       store(sum, after);
@@ -380,8 +382,8 @@ class BackwardRun {
   void finish() {
     const auto put_bias = [&](char* to, int gate, int segment, int64_t u) {
       if (!to) return;
-      store_as(call_.dtype, to + (gate * s_.H + u) * esize_,
-               load(floats(places_.bias) + segment * places_.padded + u), lanes_left(u, s_.H));
+      store_as(call_.dtype, to + (gate * s_.H + u) * esize_, load(bias_sum(segment, u)),
+               lanes_left(u, s_.H));
     };
     for (int64_t u = first_; u < last_; u += kLanes) {
       const int n = lanes_left(u, s_.H);
