@@ -224,11 +224,15 @@ def assert_as_good(
     truths: list[Tensor],
     factor: float,
     mean: bool = False,
+    relative: float = 0.0,
 ) -> None:
-    """The tolerance rule: at most `factor` × torch's own error in that dtype, plus the floor."""
+    """The tolerance rule: at most `factor` × torch's own error in that dtype, plus the floor.
+
+    relative: what an op's own stated bound adds to the floor, in parts of the largest value.
+    """
     for index, (result, their, truth) in enumerate(zip(results, theirs, truths, strict=True)):
         assert result.dtype == their.dtype
         scale = max(1.0, float(truth.detach().abs().max())) if truth.numel() else 1.0
-        floor = FLOOR_UNITS[factor] * torch.finfo(result.dtype).eps * scale
+        floor = (FLOOR_UNITS[factor] * torch.finfo(result.dtype).eps + relative) * scale
         ours, torchs = error(result, truth, mean), error(their, truth, mean)
         assert ours <= factor * torchs + floor, f"result {index}: {ours:.3g}, torch {torchs:.3g}"

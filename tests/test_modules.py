@@ -321,9 +321,16 @@ def test_data_parallel_wrapper(tmp_path: Any) -> None:
 
 @ALL
 def test_gradient_checkpointing(kind: str) -> None:
+    """Forward runs again in backward, and again where that is differentiated."""
     _, module = pair(kind)
     x = torch.randn(4, 2, I, requires_grad=True)
-    (expected,) = torch.autograd.grad(module(x)[0].sum(), x)
-    output = torch.utils.checkpoint.checkpoint(lambda t: module(t)[0], x, use_reentrant=False)
-    (result,) = torch.autograd.grad(output.sum(), x)
-    assert torch.equal(result, expected)
+    found = []
+    for checkpointed in (False, True):
+        output = module(x)[0]
+        if checkpointed:
+            checkpoint = torch.utils.checkpoint.checkpoint
+            output = checkpoint(lambda t: module(t)[0], x, use_reentrant=False)
+        (first,) = torch.autograd.grad(output.square().sum(), x, create_graph=True)
+        (second,) = torch.autograd.grad(first.square().sum(), x)
+        found.append([first, second])
+    torch.testing.assert_close(found[1], found[0])

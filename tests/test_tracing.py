@@ -130,6 +130,8 @@ def test_meta_device(kind: str) -> None:
     theirs, ours = (module.to("meta") for module in pair(kind))
     x = torch.randn(4, 2, I, device="meta")
     assert ours(x)[0].shape == theirs(x)[0].shape
+    with torch.autocast("cpu", torch.bfloat16):  # says nothing of the meta device
+        assert ours(x)[0].shape == theirs(x)[0].shape
 
 
 @ALL

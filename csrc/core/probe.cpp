@@ -4,6 +4,7 @@
 #include <chrono>
 #include <cstdlib>
 #include <cstring>
+#include <memory>
 #include <new>
 #include <vector>
 
@@ -26,7 +27,8 @@ const Probes& chosen() {
   }
 }
 
-// The best of several rounds, in amounts a nanosecond: amount(rank) does one round's work.
+// The best of several rounds, in amounts a nanosecond: prepare(rank) once, then amount(rank) does
+// one round's work.
 template <class Prepare, class Amount>
 double best_rate(int threads, Prepare prepare, Amount amount) {
   using Clock = std::chrono::steady_clock;
@@ -35,11 +37,11 @@ double best_rate(int threads, Prepare prepare, Amount amount) {
   double best = 0.0;
   std::vector<double> amounts(static_cast<size_t>(threads));
   auto body = [&](int rank, int size) {
-    auto own = prepare();
+    prepare(rank);
     for (int round = 0; round < kRounds; ++round) {
       barrier.wait(size);
       const auto start = Clock::now();
-      amounts[static_cast<size_t>(rank)] = amount(own);
+      amounts[static_cast<size_t>(rank)] = amount(rank);
       barrier.wait(size);
       if (rank == 0) {
         const double ns = std::chrono::duration<double, std::nano>(Clock::now() - start).count();
@@ -53,23 +55,14 @@ double best_rate(int threads, Prepare prepare, Amount amount) {
   return best;
 }
 
-struct Buffer {
-  explicit Buffer(int64_t bytes)
-      : data(static_cast<char*>(std::aligned_alloc(64, static_cast<size_t>(bytes)))) {
-    if (!data) throw std::bad_alloc();
-    std::memset(data, 1, static_cast<size_t>(bytes));
-  }
-  Buffer(Buffer&& other) : data(other.data) { other.data = nullptr; }
-  ~Buffer() { std::free(data); }
-  char* data;
-};
+using Buffer = std::unique_ptr<char, void (*)(void*)>;
 
 }  // namespace
 
 double measure_peak(Format format, int threads) {
   const Probes& probes = chosen();
   return 2.0 * best_rate(
-                   threads, [] { return 0; },
+                   threads, [](int) {},
                    [&](int) { return static_cast<double>(probes.multiply(format, kProducts)); });
 }
 
@@ -77,10 +70,18 @@ double measure_read_bandwidth(int64_t bytes_per_thread, int threads) {
   const Probes& probes = chosen();
   const int64_t bytes = round_up(std::max<int64_t>(bytes_per_thread, 1024), 1024);
   const int64_t repeats = std::max<int64_t>(1, (int64_t{256} << 20) / bytes);
+  // Allocated out here, where there is somebody to catch what it throws; touched by its own thread.
+  std::vector<Buffer> buffers;
+  for (int i = 0; i < threads; ++i) {
+    void* const block = std::aligned_alloc(64, static_cast<size_t>(bytes));
+    if (!block) throw std::bad_alloc();
+    buffers.emplace_back(static_cast<char*>(block), std::free);
+  }
+  const auto own = [&](int rank) { return buffers[static_cast<size_t>(rank)].get(); };
   return best_rate(
-      threads, [&] { return Buffer(bytes); },
-      [&](const Buffer& buffer) {
-        for (int64_t i = 0; i < repeats; ++i) probes.read(buffer.data, bytes);
+      threads, [&](int rank) { std::memset(own(rank), 1, static_cast<size_t>(bytes)); },
+      [&](int rank) {
+        for (int64_t i = 0; i < repeats; ++i) probes.read(own(rank), bytes);
         return static_cast<double>(bytes * repeats);
       });
 }

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <limits>
+#include <type_traits>
 
 #include "core/format.h"
 #include "core/simd.h"
@@ -34,6 +35,19 @@ ENCDEC_INLINE void store_as(Format dtype, char* p, Float v, int n = kLanes) {
     store_half(p, h);
   } else {
     store_half_partial(p, h, n);
+  }
+}
+
+// Calls visit with the dtype of a tensor as a constant.
+template <class Visit>
+inline void with_dtype(Format dtype, const Visit& visit) {
+  switch (dtype) {
+    case Format::kFloat32:
+      return visit(std::integral_constant<Format, Format::kFloat32>{});
+    case Format::kBfloat16:
+      return visit(std::integral_constant<Format, Format::kBfloat16>{});
+    default:
+      return visit(std::integral_constant<Format, Format::kFloat16>{});
   }
 }
 

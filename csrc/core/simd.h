@@ -43,6 +43,11 @@ ENCDEC_INLINE Float fnma(Float a, Float b, Float c) { return _mm512_fnmadd_ps(a,
 ENCDEC_INLINE Float min(Float a, Float b) { return _mm512_min_ps(a, b); }
 ENCDEC_INLINE Float max(Float a, Float b) { return _mm512_max_ps(a, b); }
 ENCDEC_INLINE Float abs(Float a) { return _mm512_abs_ps(a); }
+// 1 / a to 1 ulp, for a and 1 / a normal: an estimate of 14 bits and a step of Newton's.
+ENCDEC_INLINE Float reciprocal(Float a) {
+  const Float estimate = _mm512_rcp14_ps(a);
+  return fma(estimate, fnma(a, estimate, _mm512_set1_ps(1.0f)), estimate);
+}
 ENCDEC_INLINE Float round(Float a) {
   return _mm512_roundscale_ps(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
 }
@@ -147,6 +152,7 @@ ENCDEC_INLINE Float fnma(Float a, Float b, Float c) { return _mm256_fnmadd_ps(a,
 ENCDEC_INLINE Float min(Float a, Float b) { return _mm256_min_ps(a, b); }
 ENCDEC_INLINE Float max(Float a, Float b) { return _mm256_max_ps(a, b); }
 ENCDEC_INLINE Float abs(Float a) { return _mm256_andnot_ps(_mm256_set1_ps(-0.0f), a); }
+ENCDEC_INLINE Float reciprocal(Float a) { return _mm256_div_ps(_mm256_set1_ps(1.0f), a); }
 ENCDEC_INLINE Float round(Float a) {
   return _mm256_round_ps(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
 }

@@ -2,11 +2,9 @@
 //
 // Python has checked shapes and dtypes and chosen this backend; what is checked again here is what
 // a kernel would read or write out of bounds for.
-#include <cstdlib>
-#include <memory>
-
 #include "core/memory.h"
 #include "core/torch_tensor.h"
+#include "core/workspace.h"
 #include "rnn/rnn.h"
 #include "rnn/rnn_plan.h"
 
@@ -14,44 +12,6 @@ namespace encdec::rnn {
 namespace {
 
 using OptionalTensor = std::optional<Tensor>;
-
-// A block of memory that a thread keeps from call to call, unless it was large.
-class Workspace {
- public:
-  explicit Workspace(int64_t bytes) {
-    thread_local Block kept;
-    if (bytes > kKeptBytes) {
-      large_.grow(bytes);
-      data_ = large_.data;
-    } else {
-      kept.grow(bytes);
-      data_ = kept.data;
-    }
-  }
-  char* data() const { return data_; }
-
- private:
-  static constexpr int64_t kKeptBytes = 64 << 20;
-  struct Block {
-    char* data = nullptr;
-    int64_t bytes = 0;
-    void grow(int64_t wanted) {
-      if (wanted <= bytes) return;
-      std::free(data);
-      bytes = 0;
-      const int64_t alignment = wanted >= kHugePage ? kHugePage : 64;
-      const int64_t size = round_up(wanted, alignment);
-      data = static_cast<char*>(
-          std::aligned_alloc(static_cast<size_t>(alignment), static_cast<size_t>(size)));
-      STD_TORCH_CHECK(data != nullptr, "out of memory: a workspace of ", wanted, " bytes");
-      prefer_huge_pages(data, size);
-      bytes = wanted;
-    }
-    ~Block() { std::free(data); }
-  };
-  Block large_;
-  char* data_;
-};
 
 const Kernels& chosen() {
   static const Kernels& k = kernels(chosen_isa());

@@ -313,12 +313,20 @@ class ForwardRun {
     };
     if constexpr (kLstmCell) {
       const int n = lanes_left(unit, s_.H);
-      const Float i = sigmoid(pre(0)), f = sigmoid(pre(1)), g = tanh(pre(2)), o = sigmoid(pre(3));
-      const Float c = fma(f, load(state(b, r)), mul(i, g));
+      const Float f = sigmoid(pre(1)), before = load(state(b, r));
+      Float c, h;
+      if (dir_.gates) {
+        const Float i = sigmoid(pre(0)), g = tanh(pre(2)), o = sigmoid(pre(3));
+        c = fma(f, before, mul(i, g));
+        h = mul(o, tanh(c));
+        save_gates(t, r, unit, n, i, f, g, o);
+      } else {  // nobody asks for the gates: two divisions less
+        c = fma(f, before, sigmoid_tanh(pre(0), pre(2)));
+        h = sigmoid_tanh(pre(3), c);
+      }
       store(state(b, r), c);
       if (dir_.cells.data) store_as(call_.dtype, dir_.cells.at(q_, t, r) + unit * esize_, c, n);
-      if (dir_.gates) save_gates(t, r, unit, n, i, f, g, o);
-      put_output(t, r, unit, n, mul(o, tanh(c)), next);
+      put_output(t, r, unit, n, h, next);
     } else if constexpr (kGruCell) {
       const int n = lanes_left(unit, s_.H);
       const float* bias = reinterpret_cast<const float*>(dir_.packed + header_.recurrent_bias);

@@ -14,6 +14,7 @@ from types import ModuleType
 import torch  # first: the libraries take libgomp and the C++ runtime from the copies it loaded
 
 _PACKAGE = Path(__file__).resolve().parent.parent
+_OPS = ("rnn_pack", "rnn_forward", "rnn_backward", "additive_forward", "additive_backward")
 _REBUILD = "build it with `make build` in a checkout, or `pip install --force-reinstall` the wheel"
 
 
@@ -37,11 +38,7 @@ def _load_ops(path: Path) -> LibraryStatus:
     except (OSError, RuntimeError) as error:
         hint = f"it was made for another system, compiler or torch (here {torch.__version__}): "
         return LibraryStatus(name, str(path), False, str(error).strip(), hint + _REBUILD)
-    missing = [
-        op
-        for op in ("rnn_pack", "rnn_forward", "rnn_backward")
-        if not hasattr(torch.ops.encdec_fast_cpu, op)
-    ]
+    missing = [op for op in _OPS if not hasattr(torch.ops.encdec_fast_cpu, op)]
     if missing:
         reason = f"it lacks {', '.join(missing)}: it is of another version of this package"
         return LibraryStatus(name, str(path), False, reason, _REBUILD)

@@ -1,6 +1,7 @@
 """Drop-in modules, and `optimize`, which puts them into a model that already exists."""
 
 from encdec_fast.nn import _dynamo
+from encdec_fast.nn.additive_attention import AdditiveAttention
 from encdec_fast.nn.cells import GRUCell, LSTMCell, RNNCell
 from encdec_fast.nn.gru import GRU
 from encdec_fast.nn.lstm import LSTM
@@ -17,6 +18,7 @@ __all__ = [
     "GRU",
     "LSTM",
     "RNN",
+    "AdditiveAttention",
     "GRUCell",
     "LSTMCell",
     "OptimizationReport",

@@ -110,6 +110,13 @@ def _transform() -> str:
     return "grad" if all(level.key() == grad for level in stack) else "transform"
 
 
+def autocasting(device: str) -> bool:
+    """Whether torch.autocast is on for tensors of this device."""
+    if not torch._C._is_any_autocast_enabled() or not torch.amp.is_autocast_available(device):
+        return False
+    return torch.is_autocast_enabled(device)
+
+
 def needs_grad(input: Tensor, h0: State, c0: State, weights: list[Tensor]) -> bool:
     """Whether autograd will want the gradient of something in this call."""
     if not torch.is_grad_enabled():
@@ -120,3 +127,8 @@ def needs_grad(input: Tensor, h0: State, c0: State, weights: list[Tensor]) -> bo
         if weight.requires_grad:
             return True
     return (h0 is not None and h0.requires_grad) or (c0 is not None and c0.requires_grad)
+
+
+def needs_gradient(tensors: Sequence[Tensor]) -> bool:
+    """Whether autograd will want the gradient of one of these tensors."""
+    return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)

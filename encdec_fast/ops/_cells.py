@@ -17,6 +17,7 @@ from encdec_fast.ops._call import (
     LayerResult,
     RecurrentCall,
     State,
+    autocasting,
     context_of,
     needs_grad,
 )
@@ -64,7 +65,7 @@ def _choose(
         )
     if torch.compiler.is_compiling():
         context = "compile"
-    elif torch._C._is_any_autocast_enabled() and torch.is_autocast_enabled(input.device.type):
+    elif autocasting(input.device.type):
         context = "autocast"
     else:
         context = context_of(input, weights)

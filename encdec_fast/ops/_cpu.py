@@ -15,7 +15,7 @@ from encdec_fast.ops._packing import packed, with_rows
 # As rnn_pack numbers them: the dtype of a call, or its weight_dtype.
 _FORMATS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, "bfloat16": 1, "int8": 3}
 _ATTEMPTS = 3
-_CONTEXTS = {
+CONTEXTS = {
     "autocast": "torch.autocast is on",
     "grad": "torch.func transforms it",
     "transform": "torch.func or forward-mode autograd transforms it",
@@ -37,8 +37,8 @@ def why_not(call: RecurrentCall) -> list[str]:
         reasons.append("it has no gradients for proj_size")
     if call.training and call.ragged == "step":
         reasons.append("where a gradient is needed a single step is torch's")
-    if call.context in _CONTEXTS:
-        reasons.append(_CONTEXTS[call.context])
+    if call.context in CONTEXTS:
+        reasons.append(CONTEXTS[call.context])
     if call.empty:
         reasons.append("the batch is empty")
     return reasons

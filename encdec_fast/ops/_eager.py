@@ -9,8 +9,8 @@ from torch import Tensor
 
 from encdec_fast.backends import Backend
 from encdec_fast.ops._call import LayerResult, RecurrentCall, State
+from encdec_fast.ops._derivatives import recompute_layer
 from encdec_fast.ops._layer import LayerOp
-from encdec_fast.ops._torch import recompute
 
 
 class _Trained(torch.autograd.Function):
@@ -44,7 +44,7 @@ class _Trained(torch.autograd.Function):
                 )
                 return one
 
-            result = recompute(again, grads, input, weights, h0, c0)
+            result = recompute_layer(again, grads, input, weights, h0, c0)
         elif torch.is_grad_enabled():
             saved_by = torch.tensor(ctx.op.train_backends.index(ctx.backend))
             gates = output.new_empty(0) if gates is None else gates

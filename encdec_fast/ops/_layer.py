@@ -22,7 +22,7 @@ from torch import Tensor
 from encdec_fast.backends import Backend, select
 from encdec_fast.ops._call import LayerResult, RecurrentCall, State
 from encdec_fast.ops._checks import check_length_values
-from encdec_fast.ops._double_backward import double_backward
+from encdec_fast.ops._derivatives import double_backward_layer
 
 # Numbers per step, sequence and hidden unit that backward reads beside output and cells.
 _SAVED_GATES = {"lstm": 4, "gru": 4, "rnn_tanh": 0, "rnn_relu": 0}
@@ -197,7 +197,7 @@ class LayerOp:
             return self.reference(input, weights, h0, c0, lengths, batch_sizes, call)
 
         outer = outer if self.cells else (*outer, None)
-        of_grads, *of_layer = double_backward(layer, grads, input, weights, h0, c0, outer)
+        of_grads, *of_layer = double_backward_layer(layer, grads, input, weights, h0, c0, outer)
         of_layer = of_layer if self.cells else of_layer[:3]
         return *of_grads[: self._count], *of_layer, *[None] * (2 + ctx.rest)
 

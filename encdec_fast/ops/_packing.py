@@ -54,15 +54,16 @@ class _Entry:
 
 
 # By the identity of a direction's weights. Python's own lock makes each get, set and pop atomic;
-# `_packing` only keeps two threads from making the same pack at once.
+# `_packing` only keeps two threads from making the same pack at once. A thread may come back to it
+# while it holds it: from a signal handler or a finalizer that calls a module.
 _entries: dict[_Key, _Entry] = {}
-_packing = threading.Lock()
+_packing = threading.RLock()
 
 
 def _after_fork() -> None:
     """Another thread may have held the lock when the process forked; nobody in the child does."""
     global _packing
-    _packing = threading.Lock()
+    _packing = threading.RLock()
 
 
 if hasattr(os, "register_at_fork"):

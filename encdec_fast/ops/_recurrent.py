@@ -17,6 +17,7 @@ from encdec_fast.ops._call import (
     LayerResult,
     RecurrentCall,
     State,
+    autocasting,
     context_of,
     needs_grad,
 )
@@ -130,7 +131,7 @@ def run(
     input: 3-D, or 2-D with batch_sizes. h0, c0: (layers · D, B, size). dropout: probability of
     zeroing an element between layers, 0 outside of training. lengths: from `as_lengths`.
     """
-    if torch._C._is_any_autocast_enabled() and torch.is_autocast_enabled(input.device.type):
+    if autocasting(input.device.type):
         fixed = (dropout, lengths, batch_sizes, cell_states)
         return _autocast.run(run, Arguments(net, input, h0, c0, weights, *fixed))
     op, _, num_layers, bidirectional, batch_first, projected, _ = net

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from encdec_fast.backends import Backend
 from encdec_fast.ops._call import LayerResult, RecurrentCall, State
-from encdec_fast.ops._torch import recompute, round_weights
+from encdec_fast.ops._derivatives import recompute_layer
+from encdec_fast.ops._torch import round_weights
 
 # (x_t, h, c, weights of the direction) -> (h', c'); c is None but for the LSTM
 Step = Callable[[Tensor, Tensor, State, list[Tensor]], tuple[Tensor, State]]
@@ -121,7 +122,7 @@ def reference_backend(reference: Callable[..., LayerResult], training: bool = Fa
         def layer(input: Tensor, weights: list[Tensor], h0: State, c0: State) -> LayerResult:
             return reference(input, weights, h0, c0, lengths, batch_sizes, call)
 
-        return recompute(layer, grads, input, weights, h0, c0)
+        return recompute_layer(layer, grads, input, weights, h0, c0)
 
     def why_not(call: RecurrentCall) -> list[str]:
         return []

@@ -7,8 +7,6 @@ backward computes the layer once more.
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -17,6 +15,7 @@ from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_
 
 from encdec_fast.backends import Backend
 from encdec_fast.ops._call import LayerResult, RecurrentCall, State
+from encdec_fast.ops._derivatives import recompute_layer
 
 _KERNELS: dict[str, Any] = {
     "lstm": _VF.lstm,
@@ -145,46 +144,6 @@ def train(call: RecurrentCall, *layer: Any) -> tuple[Tensor, Tensor, State, Stat
     return *run(call, *layer), None
 
 
-@contextlib.contextmanager
-def autograd_inside_op() -> Iterator[None]:
-    """Let autograd record inside an op's implementation, which the dispatcher runs below it."""
-    keys = torch._C._dispatch_tls_local_exclude_set()
-    for name in ("AutogradOther", "AutogradNestedTensor", "AutogradFunctionality", "AutogradCPU"):
-        keys = keys.remove(getattr(torch._C.DispatchKey, name))
-    include = torch._C._dispatch_tls_local_include_set()
-    with torch._C._ForceDispatchKeyGuard(include, keys), torch.enable_grad():
-        yield
-
-
-def recompute(
-    layer: Any, grads: Any, input: Tensor, weights: list[Tensor], h0: State, c0: State
-) -> tuple[Tensor, list[Tensor], State, State]:
-    """Gradients of a layer by running it once more under autograd.
-
-    layer: (input, weights, h0, c0) -> its differentiable results, in the order of `grads`, whose
-    entries may be None. Returns the gradients of input, weights, h0 and c0 (None for no state).
-    """
-    with autograd_inside_op():
-        leaves = [t.detach().requires_grad_() for t in (input, *weights)]
-        states = [None if t is None else t.detach().requires_grad_() for t in (h0, c0)]
-        results = layer(leaves[0], leaves[1:], *states)
-        pairs = [(r, g) for r, g in zip(results, grads, strict=True) if g is not None]
-        wanted = leaves + [state for state in states if state is not None]
-        found = list(
-            torch.autograd.grad(
-                [result for result, _ in pairs],
-                wanted,
-                [grad for _, grad in pairs],
-                allow_unused=True,
-                materialize_grads=True,
-            )
-        )
-    state_grads = found[len(leaves) :]
-    grad_h0 = state_grads.pop(0) if h0 is not None else None
-    grad_c0 = state_grads.pop(0) if c0 is not None else None
-    return found[0], found[1 : len(leaves)], grad_h0, grad_c0
-
-
 def backward(
     call: RecurrentCall,
     grads: tuple[State, State, State, State],
@@ -199,7 +158,7 @@ def backward(
     def layer(input: Tensor, weights: list[Tensor], h0: State, c0: State) -> Any:
         return *_layer(call, input, weights, h0, c0, lengths, batch_sizes), None
 
-    return recompute(layer, grads, input, weights, h0, c0)
+    return recompute_layer(layer, grads, input, weights, h0, c0)
 
 
 INFERENCE = Backend("torch", run, why_not)

@@ -1,6 +1,7 @@
 // The error bounds that core/math.h states, over every 211th float of each range and its
 // neighbours.
 #include <cmath>
+#include <initializer_list>
 #include <limits>
 
 #include "check.h"
@@ -80,6 +81,22 @@ void run_tests() {
           -1e30f, 1e30f, [](Float x) { return tanh(x); }, [](double x) { return std::tanh(x); })
           .error,
       0, 4);
+  // Both arguments run over the range, at an irrational ratio.
+  for (const float ratio : {0.37f, -2.19f}) {
+    CHECK_NEAR(worst_ulps(
+                   -68, 30, [&](Float x) { return sigmoid_tanh(x, mul(x, set1(ratio))); },
+                   [&](double x) {
+                     const double y = static_cast<double>(static_cast<float>(x) * ratio);
+                     return std::tanh(y) / (1 + std::exp(-x));
+                   })
+                   .error,
+               0, 7);
+  }
+  CHECK_NEAR(
+      worst_ulps(
+          1e-30f, 1e30f, [](Float x) { return reciprocal(x); }, [](double x) { return 1 / x; })
+          .error,
+      0, 1);
 
   const float inf = std::numeric_limits<float>::infinity();
   const float nan = std::numeric_limits<float>::quiet_NaN();
@@ -88,6 +105,10 @@ void run_tests() {
   CHECK_EQ(one(tanh(set1(inf))), 1.0f);
   CHECK_EQ(one(tanh(set1(-inf))), -1.0f);
   CHECK_EQ(one(tanh(zero())), 0.0f);
+  CHECK_EQ(one(sigmoid_tanh(set1(-inf), set1(inf))), 0.0f);
+  CHECK_EQ(one(sigmoid_tanh(set1(inf), set1(-inf))), -1.0f);
+  CHECK(std::isnan(one(sigmoid_tanh(set1(nan), set1(1.0f)))));
+  CHECK(std::isnan(one(sigmoid_tanh(set1(-inf), set1(nan)))));
   CHECK(std::isnan(one(exp(set1(nan)))));
   CHECK(std::isnan(one(sigmoid(set1(nan)))));
   CHECK(std::isnan(one(tanh(set1(nan)))));

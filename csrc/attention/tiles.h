@@ -1,0 +1,192 @@
+// Small products over rows that lie in cache: sums for a tile of queries and keys, softmax of a
+// row, and sums of rows with weights.
+#pragma once
+
+#include "core/math.h"
+#include "core/rows.h"
+
+namespace encdec::attention {
+namespace ENCDEC_ISA_NAMESPACE {
+
+using namespace encdec::ENCDEC_ISA_NAMESPACE;
+
+// The most queries of a tile of sums. A tile has kLanes sums: queries times keys.
+constexpr int kTileQueries = kLanes / 4;
+
+// Lane i of the result is the sum of vector i.
+ENCDEC_INLINE Float sums_of(Float (&v)[kLanes]) {
+  transpose(v);
+#pragma GCC unroll 4
+  for (int half = kLanes / 2; half > 0; half /= 2) {
+#pragma GCC unroll 8
+    for (int i = 0; i < half; ++i) v[i] = add(v[i], v[i + half]);
+  }
+  return v[0];
+}
+
+// out[i * (kLanes / queries) + j]: the sum over all numbers of term(query i's, key j's), where
+// term(sum, q, k, a) adds vector a's part. Rows are `size` floats, a multiple of kLanes, and
+// `stride` floats apart.
+template <int queries, class Term>
+inline void tile_sums(const float* q, const float* k, int64_t stride, int64_t size, float* out,
+                      const Term& term) {
+  constexpr int keys = kLanes / queries;
+  Float sums[kLanes];
+#pragma GCC unroll 16
+  for (int i = 0; i < kLanes; ++i) sums[i] = zero();
+  for (int64_t a = 0; a < size; a += kLanes) {
+    Float own[queries];
+#pragma GCC unroll 4
+    for (int i = 0; i < queries; ++i) own[i] = load(q + i * stride + a);
+#pragma GCC unroll 16
+    for (int j = 0; j < keys; ++j) {
+      const Float key = load(k + j * stride + a);
+#pragma GCC unroll 4
+      for (int i = 0; i < queries; ++i) {
+        sums[i * keys + j] = term(sums[i * keys + j], own[i], key, a);
+      }
+    }
+  }
+  store(out, sums_of(sums));
+}
+
+// sums[t][s] for all queries t < rows and keys s < count, by tiles. Both sides have rows of zeros
+// behind them up to a whole tile, and a row of sums has room for one.
+template <class Term>
+inline void all_sums(const float* q, int64_t rows, const float* k, int64_t count, int64_t stride,
+                     int64_t size, float* sums, int64_t sums_stride, const Term& term) {
+  alignas(64) float tile[kLanes];
+  const auto tiles = [&](auto constant, int64_t t) {
+    constexpr int queries = decltype(constant)::value, keys = kLanes / queries;
+    for (int64_t s = 0; s < count; s += keys) {
+      tile_sums<queries>(q + t * stride, k + s * stride, stride, size, tile, term);
+      for (int i = 0; i < queries && t + i < rows; ++i) {
+        std::memcpy(sums + (t + i) * sums_stride + s, tile + i * keys, sizeof(float) * keys);
+      }
+    }
+  };
+  for (int64_t t = 0; t < rows; t += kTileQueries) {
+    if (rows - t == 1) {
+      tiles(std::integral_constant<int, 1>{}, t);
+    } else if (rows - t == 2) {
+      tiles(std::integral_constant<int, 2>{}, t);
+    } else {
+      tiles(std::integral_constant<int, kTileQueries>{}, t);
+    }
+  }
+}
+
+// row = softmax(scale * row) over its first n > 0 numbers, zeros behind them; the row has room for
+// whole vectors. NaN and +infinity make all of it NaN, as in torch.
+inline void softmax_row(float* row, int64_t n, float scale) {
+  const int64_t whole = round_up(n, kLanes);
+  for (int64_t s = n; s < whole; ++s) row[s] = row[0];
+  const Float by = set1(scale);
+  Float largest = mul(by, load(row));
+  for (int64_t s = kLanes; s < whole; s += kLanes) largest = max(largest, mul(by, load(row + s)));
+  const Float top = set1(reduce_max(largest));
+  Float sum = zero();
+  for (int64_t s = 0; s < whole; s += kLanes) {
+    const Float e = exp(sub(mul(by, load(row + s)), top));
+    const Float kept = first_lanes(e, lanes_left(s, n));
+    store(row + s, kept);
+    sum = add(sum, kept);
+  }
+  const Float inverse = set1(1.0f / reduce_add(sum));
+  for (int64_t s = 0; s < whole; s += kLanes) {
+    store(row + s, first_lanes(mul(load(row + s), inverse), lanes_left(s, n)));
+  }
+}
+
+// Row r's sum over i < count of weight(r, i) times row i of x: columns [column, column + lanes),
+// at most NV vectors of them. Weight (r, i) is w[r * w_row + i * w_step]. The sums go to
+// out[r * NV * kLanes].
+template <Format dtype, int R, int NV>
+inline void weigh_tile(const float* w, int64_t w_row, int64_t w_step, int64_t count, const char* x,
+                       int64_t x_stride, int64_t lanes, float* out) {
+  constexpr int bytes = element_bytes(dtype);
+  Float sums[R][NV];
+#pragma GCC unroll 16
+  for (int r = 0; r < R; ++r) {
+#pragma GCC unroll 8
+    for (int v = 0; v < NV; ++v) sums[r][v] = zero();
+  }
+  const auto sum_up = [&](auto whole) {
+    for (int64_t i = 0; i < count; ++i, x += x_stride, w += w_step) {
+      Float row[NV];
+#pragma GCC unroll 8
+      for (int v = 0; v < NV; ++v) {
+        const int n = whole ? kLanes : lanes_left(v * kLanes, lanes);
+        row[v] = n > 0 ? load_as(dtype, x + v * kLanes * bytes, n) : zero();
+      }
+#pragma GCC unroll 16
+      for (int r = 0; r < R; ++r) {
+        const Float weight = set1(w[r * w_row]);
+#pragma GCC unroll 8
+        for (int v = 0; v < NV; ++v) sums[r][v] = fma(weight, row[v], sums[r][v]);
+      }
+    }
+  };
+  if (lanes >= NV * kLanes) {
+    sum_up(std::true_type{});
+  } else {
+    sum_up(std::false_type{});
+  }
+#pragma GCC unroll 16
+  for (int r = 0; r < R; ++r) {
+#pragma GCC unroll 8
+    for (int v = 0; v < NV; ++v) store(out + (r * NV + v) * kLanes, sums[r][v]);
+  }
+}
+
+// The tallest tile of sums that fits in the registers beside its NV row vectors and a weight.
+constexpr int weigh_rows(int vectors) { return (kRegisters - 1 - vectors) / vectors; }
+constexpr int kOneRowVectors = 8;  // a single row has its sums side by side instead
+constexpr int kWeighVectors = 2;
+constexpr int kWeighFloats = weigh_rows(kWeighVectors) * kWeighVectors * kLanes;
+
+template <Format dtype, int R = weigh_rows(kWeighVectors)>
+inline void weigh_rows_of(int rows, const float* w, int64_t w_row, int64_t w_step, int64_t count,
+                          const char* x, int64_t x_stride, int64_t lanes, float* out) {
+  if constexpr (R > 1) {
+    if (rows == R) {
+      weigh_tile<dtype, R, kWeighVectors>(w, w_row, w_step, count, x, x_stride, lanes, out);
+    } else {
+      weigh_rows_of<dtype, R - 1>(rows, w, w_row, w_step, count, x, x_stride, lanes, out);
+    }
+  }
+}
+
+// All of it: put(r, column, sums, lanes) receives each row's sums, a vector at a time.
+template <Format dtype, class Put>
+inline void weigh(int64_t rows, const float* w, int64_t w_row, int64_t w_step, int64_t count,
+                  const char* x, int64_t x_stride, int64_t width, const Put& put) {
+  constexpr int bytes = element_bytes(dtype), kMost = weigh_rows(kWeighVectors);
+  static_assert(kOneRowVectors * kLanes <= kWeighFloats, "a tile of one row has room");
+  alignas(64) float sums[kWeighFloats];
+  const int64_t tiles = (rows + kMost - 1) / kMost;
+  for (int64_t i = 0; i < tiles; ++i) {
+    const int64_t first = rows * i / tiles, n = rows * (i + 1) / tiles - first;
+    const int vectors = n == 1 ? kOneRowVectors : kWeighVectors;
+    for (int64_t column = 0; column < width; column += vectors * kLanes) {
+      const float* own = w + first * w_row;
+      const char* from = x + column * bytes;
+      if (n == 1) {
+        weigh_tile<dtype, 1, kOneRowVectors>(own, 0, w_step, count, from, x_stride, width - column,
+                                             sums);
+      } else {
+        weigh_rows_of<dtype>(static_cast<int>(n), own, w_row, w_step, count, from, x_stride,
+                             width - column, sums);
+      }
+      for (int64_t r = 0; r < n; ++r) {
+        for (int v = 0; v < vectors && column + v * kLanes < width; ++v) {
+          const int64_t at = column + v * kLanes;
+          put(first + r, at, load(sums + (r * vectors + v) * kLanes), lanes_left(at, width));
+        }
+      }
+    }
+  }
+}
+
+}  // namespace ENCDEC_ISA_NAMESPACE
+}  // namespace encdec::attention

@@ -1,0 +1,90 @@
+"""Do the tensors of an attention op fit each other? If not, what is wrong with them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from encdec_fast.ops._call import State
+
+
+def additive(
+    query: State,
+    keys: State,
+    values: State,
+    score_weight: State,
+    coverage: State,
+    coverage_weight: State,
+) -> None:
+    """RuntimeError unless the tensors of `additive_attention` fit the query."""
+    name = "additive_attention"
+    assert query is not None and keys is not None and values is not None
+    for what, tensor in (("query", query), ("keys", keys), ("values", values)):
+        if tensor.dim() != 3:
+            raise RuntimeError(f"{name}: {what} must have 3 dimensions, got {tensor.dim()}")
+    batch, _, size = query.shape
+    shapes = {
+        "keys": (keys, (batch, keys.shape[1], size)),
+        "values": (values, (batch, keys.shape[1], values.shape[2])),
+        "score_weight": (score_weight, (size,)),
+    }
+    if (coverage is None) != (coverage_weight is None):
+        raise RuntimeError(f"{name}: coverage and coverage_weight are given together or not at all")
+    if coverage is not None:
+        shapes["coverage"] = (coverage, (batch, keys.shape[1]))
+        shapes["coverage_weight"] = (coverage_weight, (size,))
+    check_shapes(name, "query", query, shapes)
+    if not query.is_floating_point():
+        raise RuntimeError(f"{name}: expected floating-point tensors, but query is {query.dtype}")
+    if size == 0:
+        raise RuntimeError(f"{name}: the attention size must not be 0")
+
+
+def check_shapes(
+    name: str, first: str, like: Tensor, shapes: dict[str, tuple[State, tuple[int, ...]]]
+) -> None:
+    """RuntimeError unless each tensor has its shape, and the dtype and device of `like`."""
+    for what, (tensor, shape) in shapes.items():
+        assert tensor is not None
+        if tensor.shape != shape:
+            raise RuntimeError(
+                f"{name}: {what} must have shape {tuple(shape)} to fit {first} "
+                f"{tuple(like.shape)}, but it is {tuple(tensor.shape)}"
+            )
+        if tensor.dtype != like.dtype or tensor.device != like.device:
+            raise RuntimeError(
+                f"{name}: {what} must be {like.dtype} on {like.device} as {first} is, "
+                f"but it is {tensor.dtype} on {tensor.device}"
+            )
+
+
+def as_memory_lengths(lengths: Tensor | Sequence[int] | None, keys: Tensor) -> State:
+    """`lengths` as an int64 CPU tensor (B,) of the keys' batch; RuntimeError if it is none."""
+    if lengths is None:
+        return None
+    if not isinstance(lengths, Tensor):
+        lengths = torch.tensor(lengths, dtype=torch.int64, device="cpu")
+    integer = not (lengths.is_floating_point() or lengths.is_complex())
+    if not integer or lengths.dtype == torch.bool or lengths.device.type != "cpu":
+        raise RuntimeError(
+            "memory_lengths must be integers on the CPU, but it is "
+            f"{lengths.dtype} on {lengths.device}"
+        )
+    if lengths.shape != (keys.shape[0],):
+        raise RuntimeError(
+            f"memory_lengths must have shape ({keys.shape[0]},), one for each sentence, "
+            f"but it is {tuple(lengths.shape)}"
+        )
+    return lengths.detach().to(torch.int64)
+
+
+def length_values(lengths: State, most: int) -> None:
+    """RuntimeError unless every length is from 0 to `most`; reads the values, on the CPU."""
+    values: list[int] = [] if lengths is None else lengths.tolist()
+    if values and (min(values) < 0 or max(values) > most):
+        wrong = min(values) if min(values) < 0 else max(values)
+        raise RuntimeError(
+            f"memory_lengths must be from 0 to the memory's {most} positions, but found {wrong}"
+        )
