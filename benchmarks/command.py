@@ -19,7 +19,7 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-from benchmarks import cases, machine, measure, memory, results, tables
+from benchmarks import cases, machine, measure, memory, op_cases, op_suite, results, tables
 from benchmarks.cases import RnnCase
 from benchmarks.peers import Peer, all_peers
 from benchmarks.report import INTERRUPTED
@@ -84,6 +84,8 @@ def parser() -> argparse.ArgumentParser:
     rnn.add_argument("--save", type=_name, metavar="NAME", help="write benchmarks/results/NAME.*")
     rnn.add_argument("--check", action="store_true", help="exit with 1 if a bar falls short")
     rnn.add_argument("--list", action="store_true", help="name the cases and measure nothing")
+    for suite in op_cases.SUITES:
+        op_suite.add_arguments(kinds.add_parser(suite, help=f"{suite} beside torch"))
     return top
 
 
@@ -173,6 +175,8 @@ def main(arguments: Sequence[str], console: Console | None = None) -> int:
     console = console or Console()
     if console.width < WIDTH:
         console = Console(width=WIDTH, file=console.file, force_terminal=console.is_terminal)
+    if options.kind != "rnn":
+        return op_suite.main(options.kind, options, arguments, console)
     wanted = chosen_cases(options)
     with_memory = "memory" in chosen_suites(options)
     if options.list:

@@ -29,6 +29,11 @@ constexpr int group_size(Format f) {
 // meet rows of floats.
 constexpr int weight_group_bytes(Format f) { return f == Format::kFloat16 ? 2 : 4; }
 
+// Where the parts of a packed matrix lie in its block, in bytes; int8 has scale and start as well.
+struct MatrixPlace {
+  int64_t data = 0, scale = 0, start = 0;
+};
+
 constexpr int64_t round_up(int64_t n, int64_t multiple) {
   return (n + multiple - 1) / multiple * multiple;
 }

@@ -26,6 +26,10 @@ struct RowsView {
   RowsView from(int64_t row) const { return {data + row * stride, stride, step}; }
 };
 
+// Sums of floats are carried on for this many groups of k, then added to the result: their error
+// grows with the length of one run.
+constexpr int64_t kSumGroups = 512;
+
 template <Format format, int MR, int NV>
 __attribute__((noinline)) void multiply_tile(const PackedView& w, int64_t panel, RowsView x,
                                              float* out, int64_t out_stride) {
@@ -33,58 +37,68 @@ __attribute__((noinline)) void multiply_tile(const PackedView& w, int64_t panel,
   constexpr int kSplit = MR * NV >= 8 ? 1 : (7 + MR * NV) / (MR * NV);
   constexpr int kStep = NV * kLanes * weight_group_bytes(format);
   const char* p = w.data + panel * w.panel_bytes;
-  typename D::Acc acc[kSplit][MR][NV];
-#pragma GCC unroll 8
-  for (int s = 0; s < kSplit; ++s) {
-#pragma GCC unroll 16
-    for (int r = 0; r < MR; ++r) {
-#pragma GCC unroll 4
-      for (int v = 0; v < NV; ++v) {
-        if constexpr (format == Format::kInt8) {
-          acc[s][r][v] = s == 0 ? iload(w.start + (panel * NV + v) * kLanes) : D::start();
-        } else {
-          acc[s][r][v] = D::start();
-        }
-      }
-    }
-  }
   // Four rows share a base pointer: the offsets 1, 2 and 3 strides need two registers.
   const char* base[(MR + 3) / 4];
 #pragma GCC unroll 8
   for (int b = 0; b < (MR + 3) / 4; ++b) base[b] = x.data + 4 * b * x.stride;
 
-  const auto step = [&](int s) __attribute__((always_inline)) {
-    decltype(D::weights(p)) weight[NV];
-#pragma GCC unroll 4
-    for (int v = 0; v < NV; ++v) {
-      weight[v] = D::weights(p + v * kLanes * weight_group_bytes(format));
-    }
+  for (int64_t done = 0; done < w.groups || done == 0;) {
+    const int64_t left = w.groups - done;
+    const int64_t groups = format == Format::kInt8 || left < kSumGroups ? left : kSumGroups;
+    typename D::Acc acc[kSplit][MR][NV];
+#pragma GCC unroll 8
+    for (int s = 0; s < kSplit; ++s) {
 #pragma GCC unroll 16
-    for (int r = 0; r < MR; ++r) {
-      const auto word = D::word(base[r / 4] + (r % 4) * x.stride);
+      for (int r = 0; r < MR; ++r) {
 #pragma GCC unroll 4
-      for (int v = 0; v < NV; ++v) acc[s][r][v] = D::step(acc[s][r][v], word, weight[v]);
+        for (int v = 0; v < NV; ++v) {
+          if constexpr (format == Format::kInt8) {
+            acc[s][r][v] = s == 0 ? iload(w.start + (panel * NV + v) * kLanes) : D::start();
+          } else {
+            acc[s][r][v] = D::start();
+          }
+        }
+      }
     }
-    p += kStep;
+    const auto step = [&](int s) __attribute__((always_inline)) {
+      decltype(D::weights(p)) weight[NV];
+#pragma GCC unroll 4
+      for (int v = 0; v < NV; ++v) {
+        weight[v] = D::weights(p + v * kLanes * weight_group_bytes(format));
+      }
+#pragma GCC unroll 16
+      for (int r = 0; r < MR; ++r) {
+        const auto word = D::word(base[r / 4] + (r % 4) * x.stride);
+#pragma GCC unroll 4
+        for (int v = 0; v < NV; ++v) acc[s][r][v] = D::step(acc[s][r][v], word, weight[v]);
+      }
+      p += kStep;
 #pragma GCC unroll 8
-    for (int b = 0; b < (MR + 3) / 4; ++b) base[b] += x.step;
-  };
-  int64_t g = w.groups;
-  for (; g >= kSplit; g -= kSplit) {
+      for (int b = 0; b < (MR + 3) / 4; ++b) base[b] += x.step;
+    };
+    int64_t g = groups;
+    for (; g >= kSplit; g -= kSplit) {
 #pragma GCC unroll 8
-    for (int s = 0; s < kSplit; ++s) step(s);
-  }
-  for (; g > 0; --g) step(0);
+      for (int s = 0; s < kSplit; ++s) step(s);
+    }
+    for (; g > 0; --g) step(0);
 
 #pragma GCC unroll 16
-  for (int r = 0; r < MR; ++r) {
+    for (int r = 0; r < MR; ++r) {
 #pragma GCC unroll 4
-    for (int v = 0; v < NV; ++v) {
-      typename D::Acc sum = acc[0][r][v];
+      for (int v = 0; v < NV; ++v) {
+        typename D::Acc sum = acc[0][r][v];
 #pragma GCC unroll 8
-      for (int s = 1; s < kSplit; ++s) sum = D::sum(sum, acc[s][r][v]);
-      D::put(out + r * out_stride + v * kLanes, sum);
+        for (int s = 1; s < kSplit; ++s) sum = D::sum(sum, acc[s][r][v]);
+        float* to = out + r * out_stride + v * kLanes;
+        if (done == 0) {
+          D::put(to, sum);
+        } else if constexpr (format != Format::kInt8) {
+          store(to, add(load(to), sum));
+        }
+      }
     }
+    done += groups > 0 ? groups : 1;
   }
 }
 

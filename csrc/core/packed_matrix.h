@@ -29,6 +29,33 @@ constexpr int64_t packed_panel_bytes(Format f, int64_t k, int vectors) {
   return round_up(groups * vectors * kLanes * weight_group_bytes(f), 64);
 }
 
+// Room for a matrix of `panels` panels from byte `at` of a block on; *end receives where it ends.
+inline MatrixPlace place_matrix(int64_t at, Format format, int64_t k, int64_t panels, int vectors,
+                                int64_t* end) {
+  MatrixPlace m{at, 0, 0};
+  *end = at + panels * packed_panel_bytes(format, k, vectors);
+  if (format == Format::kInt8) {
+    const int64_t columns = panels * vectors * kLanes;
+    m.scale = *end;
+    m.start = m.scale + columns * 4;
+    *end = round_up(m.start + columns * 4, 64);
+  }
+  return m;
+}
+
+inline PackedView view(const char* block, const MatrixPlace& m, Format format, int64_t k,
+                       int vectors) {
+  PackedView v;
+  v.data = block + m.data;
+  v.groups = round_up(k, group_size(format)) / group_size(format);
+  v.panel_bytes = packed_panel_bytes(format, k, vectors);
+  if (format == Format::kInt8) {
+    v.scale = reinterpret_cast<const float*>(block + m.scale);
+    v.start = reinterpret_cast<const int32_t*>(block + m.start);
+  }
+  return v;
+}
+
 // kLanes columns of a matrix in memory: number (column l, k) is at src + (l * lane_stride + k *
 // k_stride) * element_bytes(dtype). One of the strides is 1. Only `lanes` columns exist; the others
 // are packed as zeros.
@@ -134,6 +161,31 @@ inline void pack_columns(const ColumnSource& c, int64_t k, char* dst, int64_t st
     alignas(64) int32_t s[kLanes];
     istore(s, sums);
     for (int l = 0; l < kLanes; ++l) start[l] = -128 * s[l];
+  }
+}
+
+// Vectors [begin, end) of a matrix whose columns are rows of torch's, k contiguous numbers each, in
+// panels of `vectors`. columns_of(i) says which rows vector i takes: the first of them, and how
+// many there are.
+struct ColumnRange {
+  int64_t first;
+  int lanes;
+};
+
+template <Format format, int vectors, class ColumnsOf>
+inline void pack_vectors(const char* src, Format dtype, int64_t row_stride, int64_t k, char* block,
+                         const MatrixPlace& m, int64_t begin, int64_t end,
+                         const ColumnsOf& columns_of) {
+  constexpr int64_t kVectorBytes = kLanes * weight_group_bytes(format);
+  for (int64_t i = begin; i < end; ++i) {
+    const ColumnRange c = columns_of(i);
+    const ColumnSource columns{src + c.first * row_stride * element_bytes(dtype), dtype, row_stride,
+                               1, c.lanes};
+    char* dst = block + m.data + i / vectors * packed_panel_bytes(format, k, vectors) +
+                i % vectors * kVectorBytes;
+    pack_columns<format>(columns, k, dst, vectors * kVectorBytes,
+                         reinterpret_cast<float*>(block + m.scale) + i * kLanes,
+                         reinterpret_cast<int32_t*>(block + m.start) + i * kLanes);
   }
 }
 

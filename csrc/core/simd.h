@@ -72,6 +72,11 @@ ENCDEC_INLINE bool any_not_le(Float a, Float b) {
 ENCDEC_INLINE Float where_positive(Float a, Float v) {
   return _mm512_maskz_mov_ps(_mm512_cmp_ps_mask(a, zero(), _CMP_GT_OQ), v);
 }
+// v >= 0 with the sign of s.
+ENCDEC_INLINE Float with_sign_of(Float v, Float s) {
+  return from_bits(
+      _mm512_or_si512(bits(v), _mm512_and_si512(bits(s), iset1(static_cast<int32_t>(1u << 31)))));
+}
 ENCDEC_INLINE Half load_half(const void* p) {
   return _mm256_loadu_si256(static_cast<const __m256i*>(p));
 }
@@ -185,6 +190,9 @@ ENCDEC_INLINE bool any_not_le(Float a, Float b) {
 }
 ENCDEC_INLINE Float where_positive(Float a, Float v) {
   return _mm256_and_ps(_mm256_cmp_ps(a, zero(), _CMP_GT_OQ), v);
+}
+ENCDEC_INLINE Float with_sign_of(Float v, Float s) {
+  return _mm256_or_ps(v, _mm256_and_ps(s, _mm256_set1_ps(-0.0f)));
 }
 ENCDEC_INLINE Half load_half(const void* p) {
   return _mm_loadu_si128(static_cast<const __m128i*>(p));

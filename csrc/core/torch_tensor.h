@@ -39,21 +39,37 @@ inline char* data(const Tensor& t) { return static_cast<char*>(t.data_ptr()); }
 inline char* data(const std::optional<Tensor>& t) { return t ? data(*t) : nullptr; }
 
 // A new contiguous CPU tensor, not initialised.
-template <size_t n>
-inline Tensor empty(const std::array<int64_t, n>& sizes, int32_t dtype) {
-  std::array<int64_t, n> strides;
+inline Tensor empty(const int64_t* sizes, size_t n, int32_t dtype) {
+  std::vector<int64_t> strides(n);
   int64_t stride = 1;
   for (size_t i = n; i-- > 0;) {
     strides[i] = stride;
     stride *= sizes[i] > 0 ? sizes[i] : 1;
   }
   AtenTensorHandle handle;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(n, sizes.data(), strides.data(), dtype,
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(n), sizes,
+                                                         strides.data(), dtype,
                                                          aoti_torch_device_type_cpu(), 0, &handle));
   Tensor t(handle);
   const int64_t bytes = t.numel() * static_cast<int64_t>(aoti_torch_dtype_element_size(dtype));
   if (bytes >= 2 * kHugePage) prefer_huge_pages(t.data_ptr(), bytes);
   return t;
+}
+
+template <size_t n>
+inline Tensor empty(const std::array<int64_t, n>& sizes, int32_t dtype) {
+  return empty(sizes.data(), n, dtype);
+}
+
+// A block for packed weights, which are streamed through again and again: it starts at a huge page
+// where it fills one. Call collapse_to_huge_pages on it once it is written.
+inline Tensor empty_block(int64_t bytes) {
+  const int64_t slack = bytes >= kHugePage / 2 ? kHugePage : 0;
+  Tensor block = empty<1>({bytes + slack}, aoti_torch_dtype_uint8());
+  if (slack == 0) return block;
+  const int64_t start = -reinterpret_cast<intptr_t>(block.data_ptr()) & (kHugePage - 1);
+  prefer_huge_pages(block.data_ptr(), bytes + slack);
+  return torch::stable::narrow(block, 0, start, bytes);
 }
 
 inline int32_t dtype_of(Format f) {

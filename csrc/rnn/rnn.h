@@ -136,9 +136,7 @@ struct PackedHeader {
   Format format;
   int32_t projected;
   int64_t I, H, P, bytes;
-  struct Matrix {
-    int64_t data, scale, start;
-  } ih, hh, hr;
+  MatrixPlace ih, hh, hr;
   int64_t input_bias;      // added to the input product: both biases, but for the GRU's new gate
   int64_t recurrent_bias;  // GRU only: b_hh of the new gate
 };

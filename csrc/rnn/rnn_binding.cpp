@@ -77,20 +77,13 @@ Tensor rnn_pack(int64_t cell, std::vector<Tensor> weights, int64_t format) {
   const Shape s = shape_of(cell_of(cell), weights.data(), weights.size());
   STD_TORCH_CHECK(format >= 0 && format <= 3, "unknown weight format ", format);
   const Format f = static_cast<Format>(format);
-  // Weights are streamed through at every step: they start at a huge page where they fill one.
   const int64_t bytes = chosen().packed_bytes(s, f);
-  const int64_t slack = bytes >= kHugePage / 2 ? kHugePage : 0;
-  Tensor packed = empty<1>({bytes + slack}, aoti_torch_dtype_uint8());
-  if (slack > 0) {
-    const int64_t start = -reinterpret_cast<intptr_t>(data(packed)) & (kHugePage - 1);
-    prefer_huge_pages(data(packed), bytes + slack);
-    packed = torch::stable::narrow(packed, 0, start, bytes);
-  }
+  Tensor packed = empty_block(bytes);
   // Taken before: weights that change while they are packed must leave the block stale.
   const uint64_t before = fingerprint_of(weights.data(), weights.size());
   chosen().pack(s, weights_of(weights.data(), weights.size()), f,
                 static_cast<int>(torch::stable::get_num_threads()), data(packed));
-  if (slack > 0) collapse_to_huge_pages(data(packed), bytes);
+  collapse_to_huge_pages(data(packed), bytes);
   reinterpret_cast<PackedHeader*>(data(packed))->fingerprint = before;
   return packed;
 }

@@ -37,22 +37,6 @@ struct Blocking {
 // A plain matrix (the projection, backward's products) is blocked like the gateless cell.
 using PlainBlocking = Blocking<Cell::kTanh>;
 
-struct MatrixPlace {
-  int64_t data, scale, start, end;
-};
-
-inline MatrixPlace place_matrix(int64_t at, Format format, int64_t k, int64_t panels, int vectors) {
-  MatrixPlace m{at, 0, 0, at + panels * packed_panel_bytes(format, k, vectors)};
-  if (format == Format::kInt8) {
-    const int64_t columns = panels * vectors * kLanes;
-    m.scale = m.end;
-    m.start = m.scale + columns * 4;
-    m.end = m.start + columns * 4;
-  }
-  m.end = round_up(m.end, 64);
-  return m;
-}
-
 template <Cell cell>
 inline PackedHeader layout(const Shape& s, Format format) {
   using Bl = Blocking<cell>;
@@ -66,17 +50,12 @@ inline PackedHeader layout(const Shape& s, Format format) {
   h.H = s.H;
   h.P = s.P;
   const int64_t blocks = Bl::blocks(s.H);
-  const MatrixPlace ih = place_matrix(round_up(sizeof(PackedHeader), 64), format, s.I,
-                                      blocks * Bl::kPanels, Bl::kVectors);
-  const MatrixPlace hh = place_matrix(ih.end, format, s.P, blocks * Bl::kPanels, Bl::kVectors);
-  h.ih = {ih.data, ih.scale, ih.start};
-  h.hh = {hh.data, hh.scale, hh.start};
-  int64_t end = hh.end;
+  int64_t end = round_up(sizeof(PackedHeader), 64);
+  h.ih = place_matrix(end, format, s.I, blocks * Bl::kPanels, Bl::kVectors, &end);
+  h.hh = place_matrix(end, format, s.P, blocks * Bl::kPanels, Bl::kVectors, &end);
   if (s.projected) {
-    const MatrixPlace hr =
-        place_matrix(end, format, s.H, PlainBlocking::blocks(s.P), PlainBlocking::kVectors);
-    h.hr = {hr.data, hr.scale, hr.start};
-    end = hr.end;
+    h.hr =
+        place_matrix(end, format, s.H, PlainBlocking::blocks(s.P), PlainBlocking::kVectors, &end);
   }
   h.input_bias = end;
   h.recurrent_bias = end + blocks * Bl::kWidth * kLanes * 4;
@@ -84,38 +63,18 @@ inline PackedHeader layout(const Shape& s, Format format) {
   return h;
 }
 
-inline PackedView view(const char* packed, const PackedHeader::Matrix& m, Format format, int64_t k,
-                       int vectors) {
-  PackedView v;
-  v.data = packed + m.data;
-  v.groups = round_up(k, group_size(format)) / group_size(format);
-  v.panel_bytes = packed_panel_bytes(format, k, vectors);
-  if (format == Format::kInt8) {
-    v.scale = reinterpret_cast<const float*>(packed + m.scale);
-    v.start = reinterpret_cast<const int32_t*>(packed + m.start);
-  }
-  return v;
-}
-
 // Vectors [begin, end) of a matrix of torch's, (gates * units, k), blocked for `cell`.
 template <Cell cell, Format format>
 inline void pack_matrix(const char* src, Format dtype, int64_t row_stride, int64_t units, int64_t k,
-                        char* packed, const PackedHeader::Matrix& m, int64_t begin, int64_t end) {
+                        char* packed, const MatrixPlace& m, int64_t begin, int64_t end) {
   using Bl = Blocking<cell>;
-  const int bytes = element_bytes(dtype);
-  constexpr int64_t kVectorBytes = kLanes * weight_group_bytes(format);
-  for (int64_t i = begin; i < end; ++i) {
-    const int v = static_cast<int>(i % Bl::kWidth);
-    const int64_t unit = i / Bl::kWidth * Bl::kUnits + Bl::unit_offset(v);
-    const int lanes = unit < units ? lanes_left(unit, units) : 0;
-    const ColumnSource columns{src + (Bl::gate(v) * units + unit) * row_stride * bytes, dtype,
-                               row_stride, 1, lanes};
-    char* dst = packed + m.data + i / Bl::kVectors * packed_panel_bytes(format, k, Bl::kVectors) +
-                i % Bl::kVectors * kVectorBytes;
-    pack_columns<format>(columns, k, dst, Bl::kVectors * kVectorBytes,
-                         reinterpret_cast<float*>(packed + m.scale) + i * kLanes,
-                         reinterpret_cast<int32_t*>(packed + m.start) + i * kLanes);
-  }
+  pack_vectors<format, Bl::kVectors>(
+      src, dtype, row_stride, k, packed, m, begin, end, [&](int64_t i) {
+        const int v = static_cast<int>(i % Bl::kWidth);
+        const int64_t unit = i / Bl::kWidth * Bl::kUnits + Bl::unit_offset(v);
+        const int lanes = unit < units ? lanes_left(unit, units) : 0;
+        return ColumnRange{Bl::gate(v) * units + unit, lanes};
+      });
 }
 
 template <Cell cell>

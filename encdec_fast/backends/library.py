@@ -14,7 +14,15 @@ from types import ModuleType
 import torch  # first: the libraries take libgomp and the C++ runtime from the copies it loaded
 
 _PACKAGE = Path(__file__).resolve().parent.parent
-_OPS = ("rnn_pack", "rnn_forward", "rnn_backward", "additive_forward", "additive_backward")
+_OPS = (
+    "rnn_pack",
+    "rnn_forward",
+    "rnn_backward",
+    "additive_forward",
+    "additive_backward",
+    "linear_pack",
+    "linear_forward",
+)
 _REBUILD = "build it with `make build` in a checkout, or `pip install --force-reinstall` the wheel"
 
 

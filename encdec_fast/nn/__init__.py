@@ -4,6 +4,7 @@ from encdec_fast.nn import _dynamo
 from encdec_fast.nn.additive_attention import AdditiveAttention
 from encdec_fast.nn.cells import GRUCell, LSTMCell, RNNCell
 from encdec_fast.nn.gru import GRU
+from encdec_fast.nn.linear import Linear
 from encdec_fast.nn.lstm import LSTM
 from encdec_fast.nn.optimize import (
     OptimizationReport,
@@ -21,6 +22,7 @@ __all__ = [
     "AdditiveAttention",
     "GRUCell",
     "LSTMCell",
+    "Linear",
     "OptimizationReport",
     "RNNCell",
     "ReportLine",

@@ -14,6 +14,7 @@ from torch.nn.utils import parametrize
 
 from encdec_fast.nn.cells import GRUCell, LSTMCell, RNNCell
 from encdec_fast.nn.gru import GRU
+from encdec_fast.nn.linear import Linear
 from encdec_fast.nn.lstm import LSTM
 from encdec_fast.nn.rnn import RNN
 from encdec_fast.ops._call import WEIGHT_DTYPES
@@ -27,6 +28,7 @@ _SWAPS: dict[type[torch.nn.Module], type[torch.nn.Module]] = {
     torch.nn.LSTMCell: LSTMCell,
     torch.nn.GRUCell: GRUCell,
     torch.nn.RNNCell: RNNCell,
+    torch.nn.Linear: Linear,
 }
 _OURS = frozenset(_SWAPS.values())
 _BEFORE = "_before_optimize"  # on a module that `optimize` changed: (its class, its weight_dtype)
@@ -81,8 +83,8 @@ def _why_left(module: torch.nn.Module) -> str | None:
 def optimize(model: _M, weight_dtype: torch.dtype | str | None = None) -> _M:
     """Swap the parts of `model` that this package has a fast form of, in place; return `model`.
 
-    Exactly torch.nn.LSTM, GRU, RNN, LSTMCell, GRUCell and RNNCell are swapped; subclasses and
-    parametrized modules are left alone, and `optimization_report(model)` says so. Parameters,
+    Exactly torch.nn.LSTM, GRU, RNN, LSTMCell, GRUCell, RNNCell and Linear are swapped; subclasses
+    and parametrized modules are left alone, and `optimization_report(model)` says so. Parameters,
     state_dict, hooks and weight tying stay as they are. Doing it again changes nothing but
     weight_dtype; `restore` undoes it.
 

@@ -3,6 +3,7 @@
 from encdec_fast.ops._packing import repack
 from encdec_fast.ops.additive_attention import additive_attention
 from encdec_fast.ops.gru import gru, gru_cell
+from encdec_fast.ops.linear import linear
 from encdec_fast.ops.lstm import lstm, lstm_cell
 from encdec_fast.ops.rnn import rnn, rnn_cell
 
@@ -10,6 +11,7 @@ __all__ = [
     "additive_attention",
     "gru",
     "gru_cell",
+    "linear",
     "lstm",
     "lstm_cell",
     "repack",

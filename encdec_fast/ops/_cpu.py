@@ -10,10 +10,10 @@ from torch import Tensor
 from encdec_fast.backends import Backend, library
 from encdec_fast.ops._call import CELLS, GATES, LayerResult, RecurrentCall, State
 from encdec_fast.ops._checks import check_weights
-from encdec_fast.ops._packing import packed, with_rows
+from encdec_fast.ops._packing import kept, with_rows
 
 # As rnn_pack numbers them: the dtype of a call, or its weight_dtype.
-_FORMATS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, "bfloat16": 1, "int8": 3}
+FORMATS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, "bfloat16": 1, "int8": 3}
 _ATTEMPTS = 3
 CONTEXTS = {
     "autocast": "torch.autocast is on",
@@ -29,7 +29,7 @@ def why_not(call: RecurrentCall) -> list[str]:
         reasons.append(library.ops_reason())
     if call.device != "cpu":
         reasons.append(f"the tensors are on {call.device}")
-    if call.dtype not in _FORMATS:
+    if call.dtype not in FORMATS:
         reasons.append(f"dtype {call.dtype} is none of float32, bfloat16, float16")
     elif call.training and call.dtype == torch.float16:
         reasons.append("it trains in float32 and bfloat16, not in float16")
@@ -44,16 +44,23 @@ def why_not(call: RecurrentCall) -> list[str]:
     return reasons
 
 
+def _make_pack(kind: str, weights: list[Tensor], weight_format: int) -> Tensor:
+    """One direction's weights, w_ih, w_hh, b_ih, b_hh, w_hr without those that are not there."""
+    check_weights(kind, weights)
+    packed: Tensor = torch.ops.encdec_fast_cpu.rnn_pack(CELLS[kind], weights, weight_format)
+    return packed
+
+
 def _pack(call: RecurrentCall, weights: list[Tensor], again: bool = False) -> list[Tensor]:
-    weight_format = _FORMATS[call.weight_dtype or call.dtype]
+    weight_format = FORMATS[call.weight_dtype or call.dtype]
     if not call.bidirectional:
-        return [packed(call.kind, weights, weight_format, again=again)]
+        return [kept(call.kind, weights, weight_format, _make_pack, again=again)]
     half = len(weights) // 2
     if weights[0].shape != weights[half].shape or weights[1].shape != weights[half + 1].shape:
         raise RuntimeError(f"{call.kind}: both directions must have weights of the same shapes")
     return [
-        packed(call.kind, weights[:half], weight_format, again=again),
-        packed(call.kind, weights[half:], weight_format, again=again),
+        kept(call.kind, weights[:half], weight_format, _make_pack, again=again),
+        kept(call.kind, weights[half:], weight_format, _make_pack, again=again),
     ]
 
 
@@ -180,7 +187,7 @@ def plan(call: RecurrentCall, steps: int, rows: int, batch: int, weights: list[T
     if library.extension is None:
         return ""
     hidden = weights[1].shape[0] // GATES[call.kind]
-    number = _FORMATS[call.weight_dtype or call.dtype]
+    number = FORMATS[call.weight_dtype or call.dtype]
     text: str = library.extension.rnn_plan(
         CELLS[call.kind],
         steps,

@@ -12,14 +12,11 @@ from __future__ import annotations
 import os
 import threading
 import weakref
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
-
-from encdec_fast.ops._call import CELLS
-from encdec_fast.ops._checks import check_weights
 
 _Key: TypeAlias = tuple[Any, ...]
 
@@ -77,25 +74,30 @@ def with_rows(tensor: Tensor) -> Tensor:
     return tensor.clone(memory_format=torch.contiguous_format)
 
 
-def packed(kind: str, weights: list[Tensor], weight_format: int, *, again: bool = False) -> Tensor:
-    """The packed form of one direction's weights; made where it is missing, stale or `again`.
+def kept(
+    kind: str,
+    weights: list[Tensor],
+    weight_format: int,
+    make: Callable[[str, list[Tensor], int], Tensor],
+    *,
+    again: bool = False,
+) -> Tensor:
+    """The packed form of these weights; made where it is missing, stale or `again`.
 
-    kind: of the call. weight_format: as in `encdec_fast_cpu::rnn_pack`. weights: w_ih, w_hh, b_ih,
-    b_hh, w_hr, without those that the layer does not have. Returns an opaque uint8 tensor;
-    RuntimeError if the weights do not fit each other.
+    kind: whose weights they are. weight_format: as the pack ops number them. make: (kind, weights
+    with contiguous rows, weight_format) -> an opaque uint8 tensor; it raises what is to be raised
+    for weights that do not fit each other.
     """
     key = (weight_format, kind, *map(id, weights))
     entry = _entries.get(key)
     if entry is not None and not again and entry.fresh(weights):
         return entry.blob
-    check_weights(kind, weights)
     with _packing:
         entry = _entries.get(key)
         if entry is None or again or not entry.fresh(weights):
             # Traces first: a change while the kernel packs must leave the entry stale.
             entry = _Entry(key, weights, torch.empty(0))
-            rows = [with_rows(weight) for weight in weights]
-            entry.blob = torch.ops.encdec_fast_cpu.rnn_pack(CELLS[kind], rows, weight_format)
+            entry.blob = make(kind, [with_rows(weight) for weight in weights], weight_format)
             _entries[key] = entry
         return entry.blob
 

@@ -81,6 +81,11 @@ void run_tests() {
           -1e30f, 1e30f, [](Float x) { return tanh(x); }, [](double x) { return std::tanh(x); })
           .error,
       0, 4);
+  CHECK_NEAR(
+      worst_ulps(
+          -1e30f, 1e30f, [](Float x) { return erf(x); }, [](double x) { return std::erf(x); })
+          .error,
+      0, 6);
   // Both arguments run over the range, at an irrational ratio.
   for (const float ratio : {0.37f, -2.19f}) {
     CHECK_NEAR(worst_ulps(
@@ -105,6 +110,8 @@ void run_tests() {
   CHECK_EQ(one(tanh(set1(inf))), 1.0f);
   CHECK_EQ(one(tanh(set1(-inf))), -1.0f);
   CHECK_EQ(one(tanh(zero())), 0.0f);
+  CHECK_EQ(one(erf(set1(-inf))), -1.0f);
+  CHECK(std::isnan(one(erf(set1(nan)))));
   CHECK_EQ(one(sigmoid_tanh(set1(-inf), set1(inf))), 0.0f);
   CHECK_EQ(one(sigmoid_tanh(set1(inf), set1(-inf))), -1.0f);
   CHECK(std::isnan(one(sigmoid_tanh(set1(nan), set1(1.0f)))));

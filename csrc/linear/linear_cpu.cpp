@@ -1,0 +1,43 @@
+// The kernels of linear of one instruction set: this file is compiled once for each.
+#include "linear/linear_kernel.h"
+
+namespace encdec::linear {
+namespace ENCDEC_ISA_NAMESPACE {
+namespace {
+
+// Calls visit with the format of the weights as a constant.
+template <class Visit>
+auto with_format(Format format, const Visit& visit) {
+  switch (format) {
+    case Format::kFloat32:
+      return visit(std::integral_constant<Format, Format::kFloat32>{});
+    case Format::kBfloat16:
+      return visit(std::integral_constant<Format, Format::kBfloat16>{});
+    case Format::kFloat16:
+      return visit(std::integral_constant<Format, Format::kFloat16>{});
+    default:
+      return visit(std::integral_constant<Format, Format::kInt8>{});
+  }
+}
+
+Format format_of(const Linear& f) {
+  return reinterpret_cast<const PackedHeader*>(f.packed)->format;
+}
+
+}  // namespace
+
+const Kernels kKernels = {
+    [](int64_t N, int64_t K, Format format) { return layout(N, K, format).bytes; },
+    [](const Weight& w, Format format, int threads, char* packed) {
+      with_format(format, [&](auto f) { pack<decltype(f)::value>(w, threads, packed); });
+    },
+    [](const Linear& f) {
+      return with_format(format_of(f), [&](auto c) { return places<decltype(c)::value>(f).bytes; });
+    },
+    [](const Linear& f) {
+      with_format(format_of(f), [&](auto c) { run_linear<decltype(c)::value>(f); });
+    },
+};
+
+}  // namespace ENCDEC_ISA_NAMESPACE
+}  // namespace encdec::linear

@@ -1,0 +1,220 @@
+// The product, by the members of a team: each owns panels of output features throughout and takes
+// all rows through them, a chunk of staged rows at a time. A norm needs whole rows: the chunk's
+// results wait as floats until all members have theirs, and are then normalised row by row.
+#pragma once
+
+#include <cmath>
+
+#include "core/gemm.h"
+#include "core/math.h"
+#include "core/team.h"
+#include "linear/linear.h"
+
+namespace encdec::linear {
+namespace ENCDEC_ISA_NAMESPACE {
+
+using namespace encdec::ENCDEC_ISA_NAMESPACE;
+
+#if defined(__AVX512BF16__)
+constexpr Isa kIsa = Isa::kAvx512Bf16;
+#elif defined(__AVX512F__)
+constexpr Isa kIsa = Isa::kAvx512;
+#else
+constexpr Isa kIsa = Isa::kAvx2;
+#endif
+
+constexpr int kVectors = 2;  // of a panel
+constexpr int kPanel = kVectors * kLanes;
+
+constexpr int64_t panels_of(int64_t N) { return (N + kPanel - 1) / kPanel; }
+
+inline PackedHeader layout(int64_t N, int64_t K, Format format) {
+  PackedHeader h{};
+  h.magic = PackedHeader::kMagic;
+  h.isa = kIsa;
+  h.format = format;
+  h.N = N;
+  h.K = K;
+  h.weight =
+      place_matrix(round_up(sizeof(PackedHeader), 64), format, K, panels_of(N), kVectors, &h.bytes);
+  return h;
+}
+
+template <Format format>
+inline void pack(const Weight& w, int threads, char* packed) {
+  const PackedHeader h = layout(w.N, w.K, format);
+  const int64_t vectors = panels_of(w.N) * kVectors;
+  auto body = [&](int rank, int size) {
+    pack_vectors<format, kVectors>(w.data, w.dtype, w.row_stride, w.K, packed, h.weight,
+                                   vectors * rank / size, vectors * (rank + 1) / size,
+                                   [&](int64_t i) {
+                                     const int64_t first = i * kLanes;
+                                     const int lanes = first < w.N ? lanes_left(first, w.N) : 0;
+                                     return ColumnRange{first, lanes};
+                                   });
+  };
+  run_team(threads, body);
+  *reinterpret_cast<PackedHeader*>(packed) = h;
+}
+
+struct Places {
+  int64_t row, rows, scales;  // a staged row; of a member: its staged rows, their scales
+  int64_t member_bytes;
+  int64_t results;  // float [chunk rows][stride], where a norm follows
+  int64_t stride;
+  int64_t bytes;
+};
+
+template <Format format>
+inline Places places(const Linear& f) {
+  Places p{};
+  p.row = staged_row_bytes(format, f.K);
+  p.scales = round_up(f.chunk_rows * p.row, 64);
+  p.member_bytes = p.scales + round_up(f.chunk_rows * 4, 64);
+  p.results = p.member_bytes * f.threads;
+  p.stride = staged_row_bytes(Format::kFloat32, panels_of(f.N) * kPanel) / 4;
+  p.bytes = p.results + (f.norm != Norm::kNone ? f.chunk_rows * p.stride * 4 : 0);
+  return p;
+}
+
+ENCDEC_INLINE Float activated(Activation activation, Float x) {
+  switch (activation) {
+    case Activation::kRelu:
+      return max(zero(), x);  // with the variable second NaN stays
+    case Activation::kGelu:
+      return mul(mul(set1(0.5f), x), add(set1(1.0f), erf(mul(x, set1(0.70710678118654752f)))));
+    case Activation::kGeluTanh: {
+      const Float inner = fma(mul(mul(x, x), x), set1(0.044715f), x);
+      return mul(mul(set1(0.5f), x), add(set1(1.0f), tanh(mul(inner, set1(0.79788456080286536f)))));
+    }
+    case Activation::kSilu:
+      return mul(x, sigmoid(x));
+    default:
+      return x;
+  }
+}
+
+template <Format format>
+class LinearRun {
+ public:
+  LinearRun(const Linear& call, Barrier& barrier, int rank, int members)
+      : call_(call),
+        barrier_(barrier),
+        rank_(rank),
+        members_(members),
+        weight_(view(call.packed, reinterpret_cast<const PackedHeader*>(call.packed)->weight,
+                     format, call.K, kVectors)),
+        places_(places<format>(call)),
+        own_(call.workspace + rank * places_.member_bytes),
+        esize_(element_bytes(call.dtype)) {}
+
+  void run() {
+    for (int64_t first = 0; first < call_.M; first += call_.chunk_rows) {
+      const int64_t left = call_.M - first;
+      const int64_t rows = left < call_.chunk_rows ? left : call_.chunk_rows;
+      for (int64_t r = 0; r < rows; ++r) {
+        scales()[r] = stage_row<format>(call_.input + (first + r) * call_.input_stride, call_.dtype,
+                                        call_.K, own_ + r * places_.row);
+      }
+      products(first, rows);
+      if (call_.norm == Norm::kNone) continue;
+      barrier_.wait(members_);
+      for (int64_t r = part(rows, rank_); r < part(rows, rank_ + 1); ++r) normalise(first, r);
+      barrier_.wait(members_);
+    }
+  }
+
+ private:
+  int64_t part(int64_t n, int i) const { return n * i / members_; }
+  float* scales() const { return reinterpret_cast<float*>(own_ + places_.scales); }
+  float* results(int64_t r) const {
+    return reinterpret_cast<float*>(call_.workspace + places_.results) + r * places_.stride;
+  }
+
+  void products(int64_t first, int64_t rows) {
+    constexpr int kRows = max_tile_rows(kVectors);
+    alignas(64) float tile[kRows * kPanel];
+    const RowTiles tiles(rows, kRows);
+    const int64_t panels = panels_of(call_.N);
+    for (int64_t p = part(panels, rank_); p < part(panels, rank_ + 1); ++p) {
+      for (int64_t i = 0; i < tiles.count; ++i) {
+        const int64_t row = tiles.begin(i);
+        const int n = static_cast<int>(tiles.begin(i + 1) - row);
+        multiply_rows<format, kVectors>(n, weight_, p, {own_ + row * places_.row, places_.row},
+                                        tile, kPanel);
+        for (int v = 0; v < kVectors && p * kPanel + v * kLanes < call_.N; ++v) {
+          finish(first, row, n, p * kPanel + v * kLanes, tile + v * kLanes);
+        }
+      }
+    }
+  }
+
+  // What follows the product, for n rows and one vector of columns.
+  ENCDEC_INLINE void finish(int64_t first, int64_t row, int n, int64_t column, const float* tile) {
+    const int lanes = lanes_left(column, call_.N);
+    const int64_t at = column * esize_;
+    const Float bias = call_.bias ? load_as(call_.dtype, call_.bias + at, lanes) : zero();
+    for (int64_t r = row; r < row + n; ++r, tile += kPanel) {
+      Float x = load(tile);
+      if constexpr (format == Format::kInt8) {
+        x = mul(x, mul(load(weight_.scale + column), set1(scales()[r])));
+      }
+      x = activated(call_.activation, add(x, bias));
+      if (call_.residual) {
+        const char* from = call_.residual + (first + r) * call_.residual_stride + at;
+        x = add(x, load_as(call_.dtype, from, lanes));
+      }
+      if (call_.norm != Norm::kNone) {
+        store(results(r) + column, x);
+      } else {
+        store_as(call_.dtype, call_.output + (first + r) * call_.output_stride + at, x, lanes);
+      }
+    }
+  }
+
+  void normalise(int64_t first, int64_t r) const {
+    const float* x = results(r);
+    const float count = static_cast<float>(call_.N);
+    float mean = 0.0f;
+    if (call_.norm == Norm::kLayer) {
+      Float sum = zero();
+      for (int64_t c = 0; c < call_.N; c += kLanes) {
+        sum = add(sum, first_lanes(load(x + c), lanes_left(c, call_.N)));
+      }
+      mean = reduce_add(sum) / count;
+    }
+    Float squares = zero();
+    for (int64_t c = 0; c < call_.N; c += kLanes) {
+      const Float d = first_lanes(sub(load(x + c), set1(mean)), lanes_left(c, call_.N));
+      squares = fma(d, d, squares);
+    }
+    const float scale = 1.0f / std::sqrt(reduce_add(squares) / count + call_.norm_eps);
+    for (int64_t c = 0; c < call_.N; c += kLanes) {
+      const int lanes = lanes_left(c, call_.N);
+      const auto of = [&](const char* p, float otherwise) {
+        return p ? load_as(call_.dtype, p + c * esize_, lanes) : set1(otherwise);
+      };
+      const Float y = mul(sub(load(x + c), set1(mean)), set1(scale));
+      store_as(call_.dtype, call_.output + (first + r) * call_.output_stride + c * esize_,
+               fma(y, of(call_.norm_weight, 1.0f), of(call_.norm_bias, 0.0f)), lanes);
+    }
+  }
+
+  const Linear& call_;
+  Barrier& barrier_;
+  const int rank_, members_;
+  const PackedView weight_;
+  const Places places_;
+  char* const own_;
+  const int esize_;
+};
+
+template <Format format>
+inline void run_linear(const Linear& f) {
+  Barrier barrier;
+  auto body = [&](int rank, int size) { LinearRun<format>(f, barrier, rank, size).run(); };
+  run_team(f.threads, body);
+}
+
+}  // namespace ENCDEC_ISA_NAMESPACE
+}  // namespace encdec::linear

@@ -1,0 +1,340 @@
+"""Linear: a matrix product on packed weights, with what follows it in the same pass.
+
+    y = norm(residual + activation(x W' + b))        each part but the product may be absent
+
+    input        (..., K)
+    weight       (N, K)
+    bias         (N)
+    residual     (..., N), the leading sizes of input
+    norm         of each row y: "layer" (y - mean) / sqrt(variance + eps) * norm_weight + norm_bias,
+                 "rms" y / sqrt(mean of y² + eps) * norm_weight
+    norm_weight, norm_bias   (N), absent: ones and zeros
+    output       (..., N)
+
+activation: "relu", "gelu" (with erf), "gelu_tanh" or "silu". All tensors have one floating dtype
+and device; errors are those of torch.nn.functional.linear. Sums are kept in float32. weight_dtype
+holds the weight in fewer bits: int8 is symmetric with one scale per row of the weight, and each row
+of the input is rounded to int8 with a scale of its own.
+
+LayerNorm: Ba et al., 2016 (arXiv:1607.06450). RMSNorm: Zhang and Sennrich, 2019
+(arXiv:1910.07467). GELU: Hendrycks and Gimpel, 2016 (arXiv:1606.08415).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from encdec_fast.backends import Backend, Description, explained_by, library, select
+from encdec_fast.ops._call import (
+    GRAPHS,
+    WEIGHT_DTYPES,
+    State,
+    autocasting,
+    context_of,
+    needs_gradient,
+)
+from encdec_fast.ops._cpu import CONTEXTS, FORMATS
+from encdec_fast.ops._packing import kept
+from encdec_fast.ops._torch import round_weights
+
+ACTIVATIONS = ("", "relu", "gelu", "gelu_tanh", "silu")  # as linear_forward numbers them
+NORMS = ("", "layer", "rms")
+
+_library = torch.library.Library("encdec_fast", "FRAGMENT")
+_library.define(
+    "linear(Tensor input, Tensor weight, Tensor? bias, Tensor? residual, Tensor? norm_weight,"
+    " Tensor? norm_bias, str activation, str norm, float norm_eps, str weight_dtype) -> Tensor"
+)
+
+
+class LinearCall(NamedTuple):
+    """What a backend needs to know of a call: its metadata, never its values."""
+
+    dtype: torch.dtype
+    device: str
+    training: bool
+    activation: str
+    norm: str
+    norm_eps: float
+    weight_dtype: str
+    context: str  # as in ops/_call.py
+
+
+def reference(
+    input: Tensor,
+    weight: Tensor,
+    bias: State = None,
+    residual: State = None,
+    norm_weight: State = None,
+    norm_bias: State = None,
+    *,
+    activation: str = "",
+    norm: str = "",
+    norm_eps: float = 1e-5,
+) -> Tensor:
+    """The result in plain PyTorch. The truth that backends are held to."""
+    y = input @ weight.t()
+    if bias is not None:
+        y = y + bias
+    if activation == "relu":
+        y = torch.relu(y)
+    elif activation == "gelu":
+        y = 0.5 * y * (1 + torch.erf(y / 2**0.5))
+    elif activation == "gelu_tanh":
+        y = 0.5 * y * (1 + torch.tanh((2 / torch.pi) ** 0.5 * (y + 0.044715 * y**3)))
+    elif activation == "silu":
+        y = y * torch.sigmoid(y)
+    if residual is not None:
+        y = residual + y
+    if norm:
+        y = y - y.mean(-1, keepdim=True) if norm == "layer" else y
+        y = y / torch.sqrt((y * y).mean(-1, keepdim=True) + norm_eps)
+        y = y if norm_weight is None else y * norm_weight
+        y = y if norm_bias is None else y + norm_bias
+    return y
+
+
+def _reference(call: LinearCall, input: Tensor, weight: Tensor, *rest: State) -> Tensor:
+    (weight,) = round_weights([weight], call.weight_dtype)
+    options: dict[str, Any] = {"activation": call.activation, "norm": call.norm}
+    return reference(input, weight, *rest, **options, norm_eps=call.norm_eps)
+
+
+def _torch(
+    call: LinearCall,
+    input: Tensor,
+    weight: Tensor,
+    bias: State = None,
+    residual: State = None,
+    norm_weight: State = None,
+    norm_bias: State = None,
+) -> Tensor:
+    """torch's own functions, which autograd and every transform know."""
+    (weight,) = round_weights([weight], call.weight_dtype)
+    y = F.linear(input, weight, bias)
+    if call.activation == "relu":
+        y = F.relu(y)
+    elif call.activation in ("gelu", "gelu_tanh"):
+        y = F.gelu(y, approximate="none" if call.activation == "gelu" else "tanh")
+    elif call.activation == "silu":
+        y = F.silu(y)
+    if residual is not None:
+        y = residual + y
+    if call.norm == "layer":
+        y = F.layer_norm(y, y.shape[-1:], norm_weight, norm_bias, call.norm_eps)
+    elif call.norm == "rms":
+        y = F.rms_norm(y, y.shape[-1:], norm_weight, call.norm_eps)
+        y = y if norm_bias is None else y + norm_bias
+    return y
+
+
+def _make_pack(kind: str, weights: list[Tensor], weight_format: int) -> Tensor:
+    packed: Tensor = torch.ops.encdec_fast_cpu.linear_pack(weights[0], weight_format)
+    return packed
+
+
+def _cpu(
+    call: LinearCall,
+    input: Tensor,
+    weight: Tensor,
+    bias: State = None,
+    residual: State = None,
+    norm_weight: State = None,
+    norm_bias: State = None,
+) -> Tensor:
+    weight_format = FORMATS[call.weight_dtype or call.dtype]
+    after = (
+        None if bias is None else bias.contiguous(),
+        ACTIVATIONS.index(call.activation),
+        None if residual is None else residual.contiguous(),
+        NORMS.index(call.norm),
+        None if norm_weight is None else norm_weight.contiguous(),
+        None if norm_bias is None else norm_bias.contiguous(),
+        call.norm_eps,
+    )
+    input = input.contiguous()
+    run = torch.ops.encdec_fast_cpu.linear_forward.default
+    for again in (False, True, True):
+        block = kept("linear", [weight], weight_format, _make_pack, again=again)
+        result: list[Tensor] = run(input, weight, block, *after)
+        if result:  # nothing where the values are not those that were packed
+            return result[0]
+    raise RuntimeError("linear: the weight changes while it is being used")
+
+
+def _why_not(call: LinearCall) -> list[str]:
+    reasons = []
+    if library.ops_reason():
+        reasons.append(library.ops_reason())
+    if call.training:
+        reasons.append("a gradient is needed: torch's own product computes it")
+    if call.device != "cpu":
+        reasons.append(f"the tensors are on {call.device}")
+    if call.dtype not in FORMATS:
+        reasons.append(f"dtype {call.dtype} is none of float32, bfloat16, float16")
+    if call.context in CONTEXTS:
+        reasons.append(CONTEXTS[call.context])
+    return reasons
+
+
+BACKENDS = (
+    Backend("cpu", _cpu, _why_not),
+    Backend("torch", _torch, lambda call: []),
+    Backend("reference", _reference, lambda call: []),
+)
+
+
+def _run(*args: Any) -> Tensor:
+    tensors, (activation, norm, eps, weight_dtype) = args[:6], args[6:]
+    input = tensors[0]
+    call = LinearCall(
+        input.dtype, input.device.type, False, activation, norm, eps, weight_dtype, ""
+    )
+    result: Tensor = select(BACKENDS, call).run(call, *tensors)
+    return result
+
+
+def _fake(input: Tensor, weight: Tensor, *rest: Any) -> Tensor:
+    return input.new_empty((*input.shape[:-1], weight.shape[0]))
+
+
+_library.impl("linear", _run, "CompositeExplicitAutograd")
+torch.library.register_fake("encdec_fast::linear", _fake, lib=_library)
+
+
+def _fits(input: Tensor, weight: Tensor, others: Sequence[State]) -> bool:
+    """Whether the kernel may run; where not, torch says what is wrong."""
+    bias, residual, norm_weight, norm_bias = others
+    if weight.dim() != 2 or input.dim() == 0 or input.shape[-1] != weight.shape[1]:
+        return False
+    if weight.numel() == 0:
+        return False
+    features = weight.shape[:1]
+    if residual is not None and residual.shape != (*input.shape[:-1], *features):
+        return False
+    if any(t is not None and t.shape != features for t in (bias, norm_weight, norm_bias)):
+        return False
+    return all(
+        t is None or (t.dtype is input.dtype and t.device == input.device)
+        for t in (weight, *others)
+    )
+
+
+def describe_call(
+    input: Tensor,
+    weight: Tensor,
+    others: Sequence[State],
+    activation: str,
+    norm: str,
+    norm_eps: float,
+    weight_dtype: str,
+) -> tuple[tuple[Backend, ...], LinearCall]:
+    """The backends that may run a call, and what they judge."""
+    given = [weight, *(t for t in others if t is not None)]
+    training = needs_gradient([input, *given])
+    if training and weight_dtype:
+        raise RuntimeError(
+            f"weight_dtype={weight_dtype!r} is for inference, and a gradient is needed here: "
+            "call it under torch.no_grad() or torch.inference_mode()"
+        )
+    if torch.compiler.is_compiling():
+        context = "compile"
+    elif autocasting(input.device.type):
+        context = "autocast"
+    else:
+        context = context_of(input, given)
+    device = input.device.type
+    fixed = (activation, norm, norm_eps, weight_dtype)
+    call = LinearCall(input.dtype, device, training, *fixed, context)
+    return (BACKENDS if _fits(input, weight, others) else BACKENDS[1:]), call
+
+
+def run(
+    input: Tensor,
+    weight: Tensor,
+    bias: State,
+    residual: State = None,
+    norm_weight: State = None,
+    norm_bias: State = None,
+    activation: str = "",
+    norm: str = "",
+    norm_eps: float = 1e-5,
+    weight_dtype: str = "",
+) -> Tensor:
+    """`linear` without the checks of its options."""
+    others = (bias, residual, norm_weight, norm_bias)
+    options = (activation, norm, norm_eps, weight_dtype)
+    backends, call = describe_call(input, weight, others, *options)
+    if call.context in GRAPHS and not call.training and backends is BACKENDS:
+        op = torch.ops.encdec_fast.linear
+        result: Tensor = op(input, weight, *others, *options)
+        return result
+    if call.context in GRAPHS:
+        return _torch(call, input, weight, *others)
+    found: Tensor = select(backends, call).run(call, input, weight, *others)
+    return found
+
+
+def _checked(activation: str | None, norm: str | None, weight_dtype: Any) -> tuple[str, str, str]:
+    if (activation or "") not in ACTIVATIONS:
+        names = ", ".join(repr(name) for name in ACTIVATIONS[1:])
+        raise ValueError(f"activation must be None, {names}, but it is {activation!r}")
+    if (norm or "") not in NORMS:
+        raise ValueError(f"norm must be None, 'layer' or 'rms', but it is {norm!r}")
+    if weight_dtype not in WEIGHT_DTYPES:
+        raise ValueError(
+            f"weight_dtype must be None, torch.bfloat16 or 'int8', but it is {weight_dtype!r}"
+        )
+    return activation or "", norm or "", WEIGHT_DTYPES[weight_dtype]
+
+
+def describe(
+    input: Tensor,
+    weight: Tensor,
+    bias: State = None,
+    *,
+    activation: str | None = None,
+    residual: State = None,
+    norm: str | None = None,
+    norm_weight: State = None,
+    norm_bias: State = None,
+    norm_eps: float = 1e-5,
+    weight_dtype: torch.dtype | str | None = None,
+) -> Description:
+    """What `explain` asks of the public function; the arguments are the function's own."""
+    names = _checked(activation, norm, weight_dtype)
+    others = (bias, residual, norm_weight, norm_bias)
+    backends, call = describe_call(input, weight, others, *names[:2], norm_eps, names[2])
+    rows = input.numel() // max(1, input.shape[-1])
+    sizes = f"M={rows} N={weight.shape[0]} K={weight.shape[1]} {call.dtype} {call.device}"
+    sizes += " training" if call.training else " inference"
+    return Description("linear", backends, call, sizes, lambda backend: "")
+
+
+@explained_by(describe)
+def linear(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    activation: str | None = None,
+    residual: Tensor | None = None,
+    norm: str | None = None,
+    norm_weight: Tensor | None = None,
+    norm_bias: Tensor | None = None,
+    norm_eps: float = 1e-5,
+    weight_dtype: torch.dtype | str | None = None,
+) -> Tensor:
+    """norm(residual + activation(input weight' + bias)); shapes are in this file's docstring.
+
+    weight_dtype: None, torch.bfloat16 or "int8", in which inference holds the weight, packed once;
+    RuntimeError where a gradient is needed. ValueError for an unknown activation, norm or dtype.
+    """
+    activation, norm, name = _checked(activation, norm, weight_dtype)
+    others = (residual, norm_weight, norm_bias)
+    return run(input, weight, bias, *others, activation, norm, norm_eps, name)

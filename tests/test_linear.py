@@ -1,0 +1,320 @@
+"""linear on packed weights: the op on every backend, and the module."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from helpers import assert_as_good, error, poison, two_threads
+from torch import Tensor, nn
+from torch.library import opcheck
+
+import encdec_fast
+from encdec_fast import explain, use_backend
+from encdec_fast.ops import linear
+from encdec_fast.ops.linear import reference
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+ALL_DTYPES = pytest.mark.parametrize("dtype", DTYPES, ids=str)
+# leading sizes, N, K
+SHAPES = {
+    "one number": ((1,), 1, 1),
+    "one row": ((1,), 40, 33),
+    "a vector": ((), 17, 64),
+    "odd": ((3, 5), 19, 7),
+    "many rows": ((150,), 70, 129),
+    "long": ((9,), 33, 1300),
+    "wide": ((2, 13), 300, 48),
+    "large": ((64,), 512, 512),
+}
+ALL_SHAPES = pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+OPTIONS: dict[str, dict[str, Any]] = {
+    "bias": {},
+    "no bias": {"bias": False},
+    "relu": {"activation": "relu"},
+    "gelu": {"activation": "gelu"},
+    "gelu_tanh": {"activation": "gelu_tanh"},
+    "silu": {"activation": "silu"},
+    "residual": {"residual": True},
+    "layer norm": {"norm": "layer", "norm_weight": True, "norm_bias": True},
+    "plain layer norm": {"norm": "layer", "norm_eps": 1e-2},
+    "rms norm": {"norm": "rms", "norm_weight": True},
+    "everything": {
+        "activation": "silu",
+        "residual": True,
+        "norm": "rms",
+        "norm_weight": True,
+        "norm_bias": True,
+    },
+}
+ALL_OPTIONS = pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+
+
+def make(
+    shape: tuple[tuple[int, ...], int, int], options: dict[str, Any], dtype: torch.dtype
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """(tensors, the other options) of a call."""
+    leading, N, K = shape
+    tensors = {"input": torch.randn(*leading, K), "weight": torch.randn(N, K) / K**0.5}
+    rest = dict(options)
+    sizes = {"bias": (N,), "residual": (*leading, N), "norm_weight": (N,), "norm_bias": (N,)}
+    for name, size in sizes.items():
+        if rest.pop(name, name == "bias"):
+            tensors[name] = torch.randn(size)
+    return {name: t.to(dtype) for name, t in tensors.items()}, rest
+
+
+def cast(tensors: dict[str, Any], dtype: torch.dtype) -> dict[str, Any]:
+    return {name: t.to(dtype, copy=True) for name, t in tensors.items()}
+
+
+@ALL_SHAPES
+@ALL_OPTIONS
+@ALL_DTYPES
+def test_forward(shape: Any, options: dict[str, Any], dtype: torch.dtype, backend: str) -> None:
+    tensors, rest = make(shape, options, dtype)
+    with torch.no_grad(), two_threads():
+        truth = reference(**cast(tensors, torch.float64), **rest)
+        with use_backend("torch"):
+            theirs = linear(**tensors, **rest)
+        with use_backend(backend):
+            poison()
+            found = linear(**tensors, **rest)
+    assert_as_good([found], [theirs], [truth], 2.0)
+
+
+@ALL_OPTIONS
+def test_gradients_are_those_of_torch(options: dict[str, Any]) -> None:
+    tensors, rest = make(SHAPES["odd"], options, torch.float64)
+    leaves = {name: t.requires_grad_() for name, t in tensors.items()}
+    found = linear(**leaves, **rest)
+    expected = reference(**leaves, **rest)
+    torch.testing.assert_close(found, expected)
+    torch.testing.assert_close(
+        torch.autograd.grad(found.square().sum(), list(leaves.values())),
+        torch.autograd.grad(expected.square().sum(), list(leaves.values())),
+    )
+
+
+@ALL_SHAPES
+@pytest.mark.parametrize("weight_dtype", [torch.bfloat16, "int8"], ids=str)
+def test_weight_dtype(shape: Any, weight_dtype: Any, native: None) -> None:
+    """As good as torch's own product of that kind."""
+    tensors, _ = make(shape, {}, torch.float32)
+    truth = reference(**cast(tensors, torch.float64))
+    with torch.no_grad():
+        found = linear(**tensors, weight_dtype=weight_dtype)
+        if weight_dtype == torch.bfloat16:
+            theirs = reference(**cast(tensors, torch.bfloat16)).float()
+        else:
+            module = nn.Linear(shape[2], shape[1])
+            module.weight.copy_(tensors["weight"])
+            module.bias.copy_(tensors["bias"])
+            root = nn.Sequential(module)
+            quantized = torch.ao.quantization.quantize_dynamic(root, {nn.Linear})
+            theirs = quantized(tensors["input"].reshape(-1, shape[2])).view(found.shape)
+    assert error(found, truth) <= error(theirs, truth) + 1e-3
+
+
+@pytest.mark.parametrize("activation", ["relu", "gelu", "gelu_tanh", "silu"])
+def test_activations_over_their_range(activation: str, native: None) -> None:
+    """Every magnitude, both signs, infinities and NaN."""
+    x = torch.cat([torch.logspace(-38, 38, 4001), torch.tensor([0.0, torch.inf])])
+    x = torch.cat([x, -x, torch.tensor([torch.nan])]).unsqueeze(1)
+    one = torch.ones(1, 1)
+    found = linear(x, one, activation=activation)
+    truth = reference(x.double(), one.double(), activation=activation)
+    # torch's own gelu makes NaN of +infinity: the formula is the judge.
+    single = truth.float()
+    assert torch.equal(found.isnan(), single.isnan())
+    finite = single.isfinite()
+    assert torch.equal(found[~finite].nan_to_num(7.0), single[~finite].nan_to_num(7.0))
+    off = (found[finite] - truth[finite]).abs()
+    assert (off <= 4e-7 * truth[finite].abs() + 4e-7 * x[finite].abs().clamp(max=1)).all()
+
+
+def test_nan_and_infinity_stay_in_their_row(native: None) -> None:
+    tensors, _ = make(((6,), 40, 33), {}, torch.float32)
+    for weight_dtype in (None, torch.bfloat16, "int8"):
+        clean = linear(**tensors, weight_dtype=weight_dtype)
+        for bad in (torch.nan, torch.inf):
+            spoiled = {**tensors, "input": tensors["input"].clone()}
+            spoiled["input"][2, 5] = bad
+            found = linear(**spoiled, weight_dtype=weight_dtype)
+            assert not found[2].isfinite().any()
+            others = [0, 1, 3, 4, 5]
+            assert torch.equal(found[others], clean[others])
+
+
+def test_the_same_bits_on_any_number_of_threads(native: None) -> None:
+    tensors, rest = make(((70,), 200, 100), OPTIONS["everything"], torch.float32)
+    found = []
+    for threads in (1, 2, 3, 8):
+        torch.set_num_threads(threads)
+        found.append(linear(**tensors, **rest))
+    assert all(torch.equal(found[0], other) for other in found[1:])
+
+
+def test_rows_do_not_see_each_other(native: None) -> None:
+    """A batch gives what its rows give alone, up to the order of a sum."""
+    tensors, rest = make(((31,), 96, 200), OPTIONS["everything"], torch.float32)
+    together = linear(**tensors, **rest)
+    for row in (0, 13, 30):
+        own = {**tensors, "input": tensors["input"][row], "residual": tensors["residual"][row]}
+        torch.testing.assert_close(linear(**own, **rest), together[row], rtol=1e-5, atol=1e-5)
+
+
+def test_layouts(backend: str) -> None:
+    tensors, _ = make(((4, 6), 20, 24), {"residual": True}, torch.float32)
+    odd = {
+        "input": tensors["input"].transpose(0, 1).contiguous().transpose(0, 1),
+        "weight": tensors["weight"].t().contiguous().t(),
+        "bias": torch.stack([tensors["bias"]] * 2, dim=1)[:, 0],
+        "residual": tensors["residual"][:1].expand(4, -1, -1),
+    }
+    whole = {name: t.contiguous() for name, t in odd.items()}
+    with use_backend(backend):
+        torch.testing.assert_close(linear(**odd), linear(**whole))
+        spread = torch.randn(1, 24).expand(5, 24)
+        torch.testing.assert_close(
+            linear(spread, odd["weight"]), linear(spread.contiguous(), whole["weight"])
+        )
+
+
+@pytest.mark.parametrize("leading", [(0,), (3, 0), (0, 2)], ids=str)
+def test_no_rows(leading: tuple[int, ...], backend: str) -> None:
+    tensors, rest = make((leading, 5, 4), OPTIONS["everything"], torch.float32)
+    with use_backend(backend):
+        assert linear(**tensors, **rest).shape == (*leading, 5)
+
+
+BAD: dict[str, tuple[dict[str, Any], type[Exception]]] = {
+    "features": ({"input": torch.randn(3, 5)}, RuntimeError),
+    "dtype": ({"input": torch.randn(3, 4).double()}, RuntimeError),
+    "integers": ({"input": torch.ones(3, 4, dtype=torch.int64)}, RuntimeError),
+    "bias": ({"bias": torch.randn(7)}, RuntimeError),
+    "residual": ({"residual": torch.randn(3, 7)}, RuntimeError),
+    "norm weight": ({"norm": "layer", "norm_weight": torch.randn(7)}, RuntimeError),
+    "device": ({"input": torch.randn(3, 4, device="meta")}, RuntimeError),
+    "activation": ({"activation": "tanh"}, ValueError),
+    "norm": ({"norm": "batch"}, ValueError),
+    "weight dtype": ({"weight_dtype": torch.float16}, ValueError),
+}
+
+
+@pytest.mark.parametrize(("changed", "kind"), BAD.values(), ids=BAD)
+def test_bad_input(changed: dict[str, Any], kind: type[Exception]) -> None:
+    tensors, _ = make(((3,), 6, 4), {}, torch.float32)
+    with pytest.raises(kind):
+        linear(**{**tensors, **changed})
+
+
+def test_weight_dtype_with_a_gradient() -> None:
+    module = encdec_fast.nn.Linear(4, 6)
+    module.weight_dtype = "int8"
+    with pytest.raises(RuntimeError, match="no_grad"):
+        module(torch.randn(3, 4))
+
+
+def test_opcheck() -> None:
+    tensors, _ = make(((3,), 6, 4), OPTIONS["everything"], torch.float32)
+    names = ("input", "weight", "bias", "residual", "norm_weight", "norm_bias")
+    arguments = (*(tensors[name] for name in names), "silu", "rms", 1e-5, "")
+    opcheck(torch.ops.encdec_fast.linear, arguments)
+
+
+@pytest.mark.parametrize("grad", [False, True])
+def test_compile(grad: bool) -> None:
+    module = nn.Sequential(encdec_fast.nn.Linear(5, 7), nn.ReLU(), encdec_fast.nn.Linear(7, 3))
+    x = torch.randn(4, 5)
+    with torch.set_grad_enabled(grad):
+        expected = module(x)
+        found = torch.compile(module, fullgraph=True, backend="aot_eager")(x)
+    torch.testing.assert_close(found, expected)
+
+
+def test_export_with_dynamic_rows() -> None:
+    module = encdec_fast.nn.Linear(5, 7)
+    rows = torch.export.Dim("rows", min=2)
+    with torch.no_grad():
+        exported = torch.export.export(module, (torch.randn(4, 5),), dynamic_shapes=({0: rows},))
+        x = torch.randn(9, 5)
+        torch.testing.assert_close(exported.module()(x), module(x))
+
+
+def test_explain(native: None) -> None:
+    module = encdec_fast.nn.Linear(5, 7)
+    x = torch.randn(4, 5)
+    with torch.no_grad():
+        assert explain(module, x).backend == "cpu"
+        assert "M=4 N=7 K=5" in str(explain(module, x))
+    assert explain(module, x).backend == "torch"
+    assert "gradient" in explain(module, x).reasons["cpu"][0]
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        assert explain(module, x).backend == "torch"
+        assert module(x).dtype == torch.bfloat16
+
+
+def test_module_is_a_drop_in() -> None:
+    torch.manual_seed(3)
+    theirs = nn.Linear(5, 7)
+    torch.manual_seed(3)
+    ours = encdec_fast.nn.Linear(5, 7)
+    assert isinstance(ours, nn.Linear)
+    for (name, a), (other, b) in zip(
+        theirs.state_dict().items(), ours.state_dict().items(), strict=True
+    ):
+        assert name == other
+        assert torch.equal(a, b)
+    x = torch.randn(3, 5)
+    torch.testing.assert_close(ours(x), theirs(x))
+    with torch.no_grad():
+        torch.testing.assert_close(ours(x), theirs(x))
+        torch.testing.assert_close(copy.deepcopy(ours)(x), theirs(x))
+
+
+def change_in_place(weight: Tensor) -> None:
+    with torch.no_grad():
+        weight.mul_(2)
+
+
+def change_data(weight: Tensor) -> None:
+    weight.data.add_(1)
+
+
+def replace_data(weight: Tensor) -> None:
+    weight.data = weight.data + 1
+
+
+def step(weight: Tensor) -> None:
+    weight.grad = torch.ones_like(weight)
+    torch.optim.SGD([weight], lr=0.5).step()
+
+
+@pytest.mark.parametrize("change", [change_in_place, change_data, replace_data, step])
+@pytest.mark.parametrize("weight_dtype", [None, "int8"])
+def test_a_changed_weight_is_never_stale(change: Any, weight_dtype: Any, native: None) -> None:
+    module = encdec_fast.nn.Linear(40, 70)
+    module.weight_dtype = weight_dtype
+    x = torch.randn(3, 40)
+    with torch.no_grad():
+        before = module(x)
+    change(module.weight)
+    with torch.no_grad():
+        after = module(x)
+        fresh = copy.deepcopy(module)(x)
+    assert not torch.allclose(before, after)
+    assert torch.equal(after, fresh)
+
+
+def test_optimize_swaps_it() -> None:
+    model = nn.Sequential(nn.Linear(5, 7), nn.ReLU(), nn.Linear(7, 3))
+    x = torch.randn(4, 5)
+    expected = model(x)
+    assert encdec_fast.optimize(model) is model
+    assert type(model[0]) is encdec_fast.nn.Linear
+    torch.testing.assert_close(model(x), expected)
+    encdec_fast.restore(model)
+    assert type(model[0]) is nn.Linear
