@@ -6,8 +6,10 @@ and the results by which it is judged before it is timed.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -16,32 +18,46 @@ from torch.nn import functional as F
 
 import encdec_fast
 from benchmarks.cases import WEIGHT_BYTES, DType
-from encdec_fast.ops import additive_attention
+from encdec_fast.ops import additive_attention, attention, linear
 from encdec_fast.ops._packing import kept
 from encdec_fast.ops.additive_attention import reference as additive_reference
+from encdec_fast.ops.attention import reference as attention_reference
 
-Op = Literal["additive_attention", "linear"]
+Op = Literal["additive_attention", "attention", "linear"]
 Results = dict[str, Tensor]
 
 ADDITIVE_SHAPES = ((32, 1, 50, 512), (32, 50, 50, 512), (8, 128, 512, 512))  # B, Tq, S, A
+# B, H, Tq, S, D
+ATTENTION_SHAPES = (
+    (1, 8, 1024, 1024, 64),
+    (8, 8, 128, 128, 64),
+    (8, 16, 512, 512, 64),
+    (32, 8, 1, 64, 64),
+)
 LINEAR_ROWS = (1, 8, 32, 128, 640)
 LINEAR_SIZES = (512, 2048)
 
 
 @dataclass(frozen=True)
 class OpCase:
-    """shape: B, Tq, S, A of additive attention; M, N, K of linear."""
+    """shape: B, Tq, S, A of additive attention; B, H, Tq, S, D of attention; M, N, K of linear.
+
+    variant: of attention: "" all keys, "padded" lengths from a quarter of S to S, as a mask for
+    torch; "weights" returned too.
+    """
 
     op: Op
     dtype: DType
     shape: tuple[int, ...]
     training: bool = False
+    variant: str = ""
 
     @property
     def id(self) -> str:
         """A name that is unique and safe in a pytest id."""
         shape = "-".join(map(str, self.shape))
-        return f"{self.op}-{self.dtype}-{shape}" + ("-training" if self.training else "")
+        name = f"{self.op}-{self.dtype}-{shape}" + ("-training" if self.training else "")
+        return name + (f"-{self.variant}" if self.variant else "")
 
     @property
     def flops(self) -> int:
@@ -53,6 +69,10 @@ class OpCase:
         if self.op == "linear":
             m, n, k = self.shape
             return 2 * m * n * k
+        if self.op == "attention":
+            b, h, tq, s, d = self.shape
+            projections = 8 * b * tq * (h * d) ** 2 if self.variant == "weights" else 0
+            return 4 * b * h * tq * s * d + projections
         b, tq, s, a = self.shape
         context = 2 * b * tq * s * a
         elements = b * tq * s * a
@@ -148,6 +168,70 @@ def _gradients(found: tuple[Tensor, list[Tensor]]) -> Results:
     return {"output": output, **grads}
 
 
+def _attention(case: OpCase) -> Work:
+    b, h, tq, s, d = case.shape
+    torch.manual_seed(0)
+    dtype = torch.bfloat16 if case.dtype == "bfloat16" else torch.float32
+    # Heads side by side in the features, as a projection leaves them.
+    q, k, v = (torch.randn(b, n, h, d).to(dtype).transpose(1, 2) for n in (tq, s, s))
+    lengths: Tensor | None = None
+    mask: Tensor | None = None
+    if case.variant == "padded":
+        lengths = torch.randint(s // 4, s + 1, (b,))
+        mask = (torch.arange(s) < lengths.unsqueeze(1))[:, None, None, :]
+    exact = [t.double() for t in (q, k, v)]
+    right: Results = {"output": F.scaled_dot_product_attention(*exact, attn_mask=mask)}
+    calls: dict[str, Callable[[], Any]]
+    if case.variant == "weights":
+        # torch returns weights from MultiheadAttention only: the same heads behind its projections.
+        module = nn.MultiheadAttention(h * d, h, batch_first=True).to(dtype).requires_grad_(False)
+        x = torch.randn(b, tq, h * d).to(dtype)
+        ours = _with_projections(module)
+        calls = {
+            "torch": lambda: module(x, x, x, average_attn_weights=False),
+            "encdec_fast": lambda: ours(x),
+        }
+        precise = _with_projections(copy.deepcopy(module).double(), plain=True)
+        output, weights = precise(x.double())
+        right = {"output": output, "weights": weights}
+        return Work(
+            [
+                Contender(
+                    name,
+                    torch.inference_mode()(call),
+                    lambda found: {"output": found[0], "weights": found[1]},
+                )
+                for name, call in calls.items()
+            ],
+            right,
+        )
+    calls = {
+        "torch": lambda: F.scaled_dot_product_attention(q, k, v, attn_mask=mask),
+        "encdec_fast": lambda: attention(q, k, v, memory_lengths=lengths),
+    }
+    contenders = [
+        Contender(name, torch.inference_mode()(call), lambda y: {"output": y})
+        for name, call in calls.items()
+    ]
+    return Work(contenders, right)
+
+
+def _with_projections(module: nn.MultiheadAttention, plain: bool = False) -> Callable[..., Any]:
+    """Self-attention with the parameters of a module: our ops, or plain PyTorch."""
+    heads, size = module.num_heads, module.embed_dim
+    function = attention_reference if plain else partial(attention, need_weights=True)
+    project = F.linear if plain else linear
+
+    def call(x: Tensor) -> tuple[Tensor, Tensor]:
+        parts = project(x, module.in_proj_weight, module.in_proj_bias)
+        shaped = parts.view(*x.shape[:2], 3, heads, size // heads).permute(2, 0, 3, 1, 4)
+        output, weights = function(shaped[0], shaped[1], shaped[2])
+        joined = output.transpose(1, 2).reshape(*x.shape[:2], size)
+        return project(joined, module.out_proj.weight, module.out_proj.bias), weights
+
+    return call
+
+
 def _linear(case: OpCase) -> Work:
     m, n, k = case.shape
     torch.manual_seed(0)
@@ -183,13 +267,27 @@ def _linear(case: OpCase) -> Work:
     return Work(contenders, {"output": right})
 
 
-MAKERS: dict[Op, Callable[[OpCase], Work]] = {"additive_attention": _additive, "linear": _linear}
+MAKERS: dict[Op, Callable[[OpCase], Work]] = {
+    "additive_attention": _additive,
+    "attention": _attention,
+    "linear": _linear,
+}
 
 SUITES: dict[str, list[OpCase]] = {
     "attention": [
         OpCase("additive_attention", "float32", shape, training)
         for training in (False, True)
         for shape in ADDITIVE_SHAPES
+    ]
+    + [
+        OpCase("attention", dtype, shape, variant=variant)
+        for dtype in ("float32", "bfloat16")
+        for variant in ("", "padded")
+        for shape in ATTENTION_SHAPES
+    ]
+    + [
+        OpCase("attention", dtype, (8, 8, 128, 128, 64), variant="weights")
+        for dtype in ("float32", "bfloat16")
     ],
     "linear": [
         OpCase("linear", dtype, (m, n, k))

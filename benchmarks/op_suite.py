@@ -24,6 +24,7 @@ from benchmarks.results import NAME, RESULTS
 from benchmarks.sampler import Stats
 from benchmarks.tables import NOISY, Grid, geometric_mean, time_text
 
+AXES = {"linear": "M, N, K", "additive_attention": "B, Tq, S, A", "attention": "B, H, Tq, S, D"}
 OURS, KERNEL = "encdec_fast", "encdec_fast C++ call"
 
 
@@ -89,6 +90,15 @@ def _additive(training: bool, *shapes: tuple[int, ...]) -> Callable[[OpCase], bo
     return lambda c: c.op == "additive_attention" and c.training == training and c.shape in shapes
 
 
+def _attention(dtype: str, variants: tuple[str, ...], one: bool) -> Callable[[OpCase], bool]:
+    return lambda c: (
+        c.op == "attention"
+        and c.dtype == dtype
+        and c.variant in variants
+        and (c.shape[2] == 1) == one
+    )
+
+
 def _linear(dtype: str, rows: Callable[[int], bool]) -> Callable[[OpCase], bool]:
     return lambda c: c.op == "linear" and c.dtype == dtype and rows(c.shape[0])
 
@@ -105,6 +115,29 @@ BARS = (
         12,
     ),
     OpBar("forward and backward, over torch", _additive(True, *_LARGE), _FROM_TORCH, 12),
+    *(
+        OpBar(
+            f"attention {dtype}" + (", one query" if one else "") + ", over torch",
+            _attention(dtype, ("", "padded"), one),
+            _FROM_TORCH,
+            wanted,
+        )
+        for dtype, one, wanted in (
+            ("float32", False, 1.5),
+            ("float32", True, 1.5),
+            ("bfloat16", False, 3),
+            ("bfloat16", True, 8),
+        )
+    ),
+    *(
+        OpBar(
+            f"attention {dtype} with weights, over MultiheadAttention",
+            _attention(dtype, ("weights",), False),
+            _FROM_TORCH,
+            3,
+        )
+        for dtype in ("float32", "bfloat16")
+    ),
     OpBar("float32, over torch", _linear("float32", lambda m: True), _FROM_TORCH, 1.7),
     OpBar("bfloat16, over torch", _linear("bfloat16", lambda m: m > 8), _FROM_TORCH, 1.0),
     OpBar("bfloat16, M ≤ 8, over torch", _linear("bfloat16", lambda m: m <= 8), _FROM_TORCH, 1.5),
@@ -160,14 +193,18 @@ def _time(stats: Stats | None, problem: str | None) -> str:
 def grids(results: Sequence[OpResult]) -> list[Grid]:
     """One table for each op and kind of call, and one of the bars."""
     found = []
-    kinds = dict.fromkeys((r.case.op, r.case.dtype, r.case.training) for r in results)
-    for kind in kinds:
-        own = [r for r in results if (r.case.op, r.case.dtype, r.case.training) == kind]
+
+    def kind_of(r: OpResult) -> tuple[str, str, bool, str]:
+        return r.case.op, r.case.dtype, r.case.training, r.case.variant
+
+    for kind in dict.fromkeys(map(kind_of, results)):
+        own = [r for r in results if kind_of(r) == kind]
         names = list(dict.fromkeys(name for r in own for name in (*r.stats, *r.problems)))
         peers = [name for name in names if not name.startswith(OURS)]
-        op, dtype, training = kind
-        axes = "M, N, K" if op == "linear" else "B, Tq, S, A"
+        op, dtype, training, variant = kind
+        axes = AXES[op]
         title = f"{op} {dtype}, " + ("forward and backward" if training else "inference")
+        title += f", {variant}" if variant else ""
         grid = Grid(title, [axes, *names, *(f"× {peer}" for peer in peers), "Gop/s", "peak"])
         for r in own:
             row = [", ".join(map(str, r.case.shape))]

@@ -1,6 +1,6 @@
 // Additive attention: softmax over s of v' tanh(q_t + k_s), and the context it makes of values.
 //
-// Plain structs and raw pointers; torch lives in attention_binding.cpp only. Sizes are in elements,
+// Plain structs and raw pointers; torch lives in additive_binding.cpp only. Sizes are in elements,
 // strides in bytes. Names: B batch, Tq queries, S keys, A attention size, D size of a value.
 #pragma once
 

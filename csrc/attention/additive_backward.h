@@ -85,7 +85,7 @@ class AdditiveBackwardRun {
       for (int64_t i = 0; i < kLanes; ++i) {
         stage(i < count ? f_.values.at(b, s + i) : nullptr, k + i * stride);
       }
-      all_sums(q, rows, k, count, stride, whole, grads(b, first) + s, places_.grads_stride,
+      all_sums(q, stride, rows, k, stride, count, whole, grads(b, first) + s, places_.grads_stride,
                [](Float sum, Float x, Float y, int64_t)
                    __attribute__((always_inline)) { return fma(x, y, sum); });
     }
@@ -265,21 +265,22 @@ inline void run_additive_backward(const AdditiveBackward& b) {
   const AdditiveShape& s = f.shape;
   const int64_t tiles = (s.Tq + f.query_rows - 1) / f.query_rows;
   const int64_t key_tiles = (s.S + kBackwardKeys - 1) / kBackwardKeys;
-  Units queries(s.B * tiles), keys(s.B * key_tiles);
-  Units chunks(s.B * AdditiveBackwardRun(b, 0).chunks());
+  const int64_t query_units = s.B * tiles, key_units = s.B * key_tiles;
+  const int64_t chunk_units = s.B * AdditiveBackwardRun(b, 0).chunks();
+  Units queries, keys, chunks;
   Barrier barrier;
   auto body = [&](int rank, int size) {
     AdditiveBackwardRun own(b, rank);
-    for (int64_t u = queries.take(); u >= 0; u = queries.take()) {
+    for (int64_t u = queries.take(query_units); u >= 0; u = queries.take(query_units)) {
       const int64_t i = u % tiles, first = s.Tq * i / tiles;
       own.score_gradients(u / tiles, first, s.Tq * (i + 1) / tiles - first);
     }
-    for (int64_t u = keys.take(); u >= 0; u = keys.take()) {
+    for (int64_t u = keys.take(key_units); u >= 0; u = keys.take(key_units)) {
       const int64_t first = u % key_tiles * kBackwardKeys, left = s.S - first;
       own.value_gradients(u / key_tiles, first, left < kBackwardKeys ? left : kBackwardKeys);
     }
     barrier.wait(size);
-    for (int64_t u = chunks.take(); u >= 0; u = chunks.take()) {
+    for (int64_t u = chunks.take(chunk_units); u >= 0; u = chunks.take(chunk_units)) {
       own.factor_gradients(u / own.chunks(), u % own.chunks());
     }
     barrier.wait(size);

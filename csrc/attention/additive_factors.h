@@ -9,10 +9,9 @@
 // number, or NaN, is done once more with rows of 2q and 2k, and r = sigmoid(-(2q + 2k)).
 #pragma once
 
-#include <atomic>
-
 #include "attention/additive.h"
 #include "attention/tiles.h"
+#include "attention/units.h"
 #include "core/team.h"
 
 namespace encdec::attention {
@@ -57,21 +56,6 @@ inline bool factor_row(Format dtype, const char* src, int64_t count, const char*
 inline void zero_row(char* row, int64_t count, Format dtype) {
   std::memset(row, 0, static_cast<size_t>(count * element_bytes(dtype)));
 }
-
-// Hands out units of work one at a time: sentences differ in length.
-class Units {
- public:
-  explicit Units(int64_t count) : count_(count) {}
-  // The next unit, or -1 when there is none.
-  int64_t take() {
-    const int64_t unit = next_.fetch_add(1, std::memory_order_relaxed);
-    return unit < count_ ? unit : -1;
-  }
-
- private:
-  const int64_t count_;
-  std::atomic<int64_t> next_{0};
-};
 
 }  // namespace ENCDEC_ISA_NAMESPACE
 }  // namespace encdec::attention

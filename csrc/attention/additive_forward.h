@@ -98,7 +98,7 @@ class AdditiveForward {
           std::memset(k + i * stride, 0, static_cast<size_t>(whole * 4));
         }
       }
-      all_sums(q, rows, k, count, stride, whole, score_row(0) + s, places_.scores_stride,
+      all_sums(q, stride, rows, k, stride, count, whole, score_row(0) + s, places_.scores_stride,
                [&](Float sum, Float own, Float key, int64_t a) __attribute__((always_inline)) {
                  return fma(load(v + a), reciprocal_of<direct>(own, key), sum);
                });
@@ -126,10 +126,11 @@ class AdditiveForward {
 
 inline void run_additive(const Additive& f) {
   const int64_t tiles = (f.shape.Tq + f.query_rows - 1) / f.query_rows;
-  Units units(f.shape.B * tiles);
+  const int64_t count = f.shape.B * tiles;
+  Units units;
   auto body = [&](int rank, int) {
     AdditiveForward own(f, rank);
-    for (int64_t u = units.take(); u >= 0; u = units.take()) {
+    for (int64_t u = units.take(count); u >= 0; u = units.take(count)) {
       // Tiles of a sentence differ by one query at most.
       const int64_t i = u % tiles, first = f.shape.Tq * i / tiles;
       own.run(u / tiles, first, f.shape.Tq * (i + 1) / tiles - first);

@@ -26,10 +26,10 @@ ENCDEC_INLINE Float sums_of(Float (&v)[kLanes]) {
 
 // out[i * (kLanes / queries) + j]: the sum over all numbers of term(query i's, key j's), where
 // term(sum, q, k, a) adds vector a's part. Rows are `size` floats, a multiple of kLanes, and
-// `stride` floats apart.
+// q_stride and k_stride floats apart.
 template <int queries, class Term>
-inline void tile_sums(const float* q, const float* k, int64_t stride, int64_t size, float* out,
-                      const Term& term) {
+inline void tile_sums(const float* q, int64_t q_stride, const float* k, int64_t k_stride,
+                      int64_t size, float* out, const Term& term) {
   constexpr int keys = kLanes / queries;
   Float sums[kLanes];
 #pragma GCC unroll 16
@@ -37,10 +37,10 @@ inline void tile_sums(const float* q, const float* k, int64_t stride, int64_t si
   for (int64_t a = 0; a < size; a += kLanes) {
     Float own[queries];
 #pragma GCC unroll 4
-    for (int i = 0; i < queries; ++i) own[i] = load(q + i * stride + a);
+    for (int i = 0; i < queries; ++i) own[i] = load(q + i * q_stride + a);
 #pragma GCC unroll 16
     for (int j = 0; j < keys; ++j) {
-      const Float key = load(k + j * stride + a);
+      const Float key = load(k + j * k_stride + a);
 #pragma GCC unroll 4
       for (int i = 0; i < queries; ++i) {
         sums[i * keys + j] = term(sums[i * keys + j], own[i], key, a);
@@ -53,13 +53,14 @@ inline void tile_sums(const float* q, const float* k, int64_t stride, int64_t si
 // sums[t][s] for all queries t < rows and keys s < count, by tiles. Both sides have rows of zeros
 // behind them up to a whole tile, and a row of sums has room for one.
 template <class Term>
-inline void all_sums(const float* q, int64_t rows, const float* k, int64_t count, int64_t stride,
-                     int64_t size, float* sums, int64_t sums_stride, const Term& term) {
+inline void all_sums(const float* q, int64_t q_stride, int64_t rows, const float* k,
+                     int64_t k_stride, int64_t count, int64_t size, float* sums,
+                     int64_t sums_stride, const Term& term) {
   alignas(64) float tile[kLanes];
   const auto tiles = [&](auto constant, int64_t t) {
     constexpr int queries = decltype(constant)::value, keys = kLanes / queries;
     for (int64_t s = 0; s < count; s += keys) {
-      tile_sums<queries>(q + t * stride, k + s * stride, stride, size, tile, term);
+      tile_sums<queries>(q + t * q_stride, q_stride, k + s * k_stride, k_stride, size, tile, term);
       for (int i = 0; i < queries && t + i < rows; ++i) {
         std::memcpy(sums + (t + i) * sums_stride + s, tile + i * keys, sizeof(float) * keys);
       }
@@ -76,9 +77,9 @@ inline void all_sums(const float* q, int64_t rows, const float* k, int64_t count
   }
 }
 
-// row = softmax(scale * row) over its first n > 0 numbers, zeros behind them; the row has room for
-// whole vectors. NaN and +infinity make all of it NaN, as in torch.
-inline void softmax_row(float* row, int64_t n, float scale) {
+// row = e^(scale * row - the largest of them) over its first n > 0 numbers, zeros behind them; the
+// row has room for whole vectors. Returns their sum. NaN and +infinity make it NaN, as in torch.
+inline float exp_row(float* row, int64_t n, float scale) {
   const int64_t whole = round_up(n, kLanes);
   for (int64_t s = n; s < whole; ++s) row[s] = row[0];
   const Float by = set1(scale);
@@ -92,10 +93,17 @@ inline void softmax_row(float* row, int64_t n, float scale) {
     store(row + s, kept);
     sum = add(sum, kept);
   }
-  const Float inverse = set1(1.0f / reduce_add(sum));
-  for (int64_t s = 0; s < whole; s += kLanes) {
-    store(row + s, first_lanes(mul(load(row + s), inverse), lanes_left(s, n)));
-  }
+  return reduce_add(sum);
+}
+
+// to = by * row, n numbers, whole vectors of them read and written.
+inline void scale_row(const float* row, int64_t n, float by, float* to) {
+  for (int64_t s = 0; s < n; s += kLanes) store(to + s, mul(set1(by), load(row + s)));
+}
+
+// row = softmax(scale * row), as exp_row.
+inline void softmax_row(float* row, int64_t n, float scale) {
+  scale_row(row, n, 1.0f / exp_row(row, n, scale), row);
 }
 
 // Row r's sum over i < count of weight(r, i) times row i of x: columns [column, column + lanes),
@@ -105,27 +113,40 @@ template <Format dtype, int R, int NV>
 inline void weigh_tile(const float* w, int64_t w_row, int64_t w_step, int64_t count, const char* x,
                        int64_t x_stride, int64_t lanes, float* out) {
   constexpr int bytes = element_bytes(dtype);
-  Float sums[R][NV];
+  // Few sums go on in two runs, so that the latency of the multiply-add is hidden.
+  constexpr int kSplit = R * NV >= 8 ? 1 : 2;
+  Float sums[kSplit][R][NV];
+#pragma GCC unroll 2
+  for (int s = 0; s < kSplit; ++s) {
 #pragma GCC unroll 16
-  for (int r = 0; r < R; ++r) {
+    for (int r = 0; r < R; ++r) {
 #pragma GCC unroll 8
-    for (int v = 0; v < NV; ++v) sums[r][v] = zero();
-  }
-  const auto sum_up = [&](auto whole) {
-    for (int64_t i = 0; i < count; ++i, x += x_stride, w += w_step) {
-      Float row[NV];
-#pragma GCC unroll 8
-      for (int v = 0; v < NV; ++v) {
-        const int n = whole ? kLanes : lanes_left(v * kLanes, lanes);
-        row[v] = n > 0 ? load_as(dtype, x + v * kLanes * bytes, n) : zero();
-      }
-#pragma GCC unroll 16
-      for (int r = 0; r < R; ++r) {
-        const Float weight = set1(w[r * w_row]);
-#pragma GCC unroll 8
-        for (int v = 0; v < NV; ++v) sums[r][v] = fma(weight, row[v], sums[r][v]);
-      }
+      for (int v = 0; v < NV; ++v) sums[s][r][v] = zero();
     }
+  }
+  const auto step = [&](auto whole, int s) __attribute__((always_inline)) {
+    Float row[NV];
+#pragma GCC unroll 8
+    for (int v = 0; v < NV; ++v) {
+      const int n = whole ? kLanes : lanes_left(v * kLanes, lanes);
+      row[v] = n > 0 ? load_as(dtype, x + v * kLanes * bytes, n) : zero();
+    }
+#pragma GCC unroll 16
+    for (int r = 0; r < R; ++r) {
+      const Float weight = set1(w[r * w_row]);
+#pragma GCC unroll 8
+      for (int v = 0; v < NV; ++v) sums[s][r][v] = fma(weight, row[v], sums[s][r][v]);
+    }
+    x += x_stride;
+    w += w_step;
+  };
+  const auto sum_up = [&](auto whole) __attribute__((always_inline)) {
+    int64_t i = 0;
+    for (; i + kSplit <= count; i += kSplit) {
+#pragma GCC unroll 2
+      for (int s = 0; s < kSplit; ++s) step(whole, s);
+    }
+    for (; i < count; ++i) step(whole, 0);
   };
   if (lanes >= NV * kLanes) {
     sum_up(std::true_type{});
@@ -135,13 +156,17 @@ inline void weigh_tile(const float* w, int64_t w_row, int64_t w_step, int64_t co
 #pragma GCC unroll 16
   for (int r = 0; r < R; ++r) {
 #pragma GCC unroll 8
-    for (int v = 0; v < NV; ++v) store(out + (r * NV + v) * kLanes, sums[r][v]);
+    for (int v = 0; v < NV; ++v) {
+      Float sum = sums[0][r][v];
+      if constexpr (kSplit == 2) sum = add(sum, sums[1][r][v]);
+      store(out + (r * NV + v) * kLanes, sum);
+    }
   }
 }
 
 // The tallest tile of sums that fits in the registers beside its NV row vectors and a weight.
 constexpr int weigh_rows(int vectors) { return (kRegisters - 1 - vectors) / vectors; }
-constexpr int kOneRowVectors = 8;  // a single row has its sums side by side instead
+constexpr int kOneRowVectors = 4;  // a single row has more of its sums side by side
 constexpr int kWeighVectors = 2;
 constexpr int kWeighFloats = weigh_rows(kWeighVectors) * kWeighVectors * kLanes;
 

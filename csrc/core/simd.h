@@ -77,6 +77,11 @@ ENCDEC_INLINE Float with_sign_of(Float v, Float s) {
   return from_bits(
       _mm512_or_si512(bits(v), _mm512_and_si512(bits(s), iset1(static_cast<int32_t>(1u << 31)))));
 }
+// v where the byte of a lane is not 0, else `otherwise`; reads kLanes bytes.
+ENCDEC_INLINE Float where_bytes(const void* bytes, Float v, Float otherwise) {
+  const Int wide = _mm512_cvtepu8_epi32(_mm_loadu_si128(static_cast<const __m128i*>(bytes)));
+  return _mm512_mask_mov_ps(otherwise, _mm512_test_epi32_mask(wide, wide), v);
+}
 ENCDEC_INLINE Half load_half(const void* p) {
   return _mm256_loadu_si256(static_cast<const __m256i*>(p));
 }
@@ -193,6 +198,11 @@ ENCDEC_INLINE Float where_positive(Float a, Float v) {
 }
 ENCDEC_INLINE Float with_sign_of(Float v, Float s) {
   return _mm256_or_ps(v, _mm256_and_ps(s, _mm256_set1_ps(-0.0f)));
+}
+ENCDEC_INLINE Float where_bytes(const void* bytes, Float v, Float otherwise) {
+  const Int wide = _mm256_cvtepu8_epi32(_mm_loadl_epi64(static_cast<const __m128i*>(bytes)));
+  const Float zero_bytes = from_bits(_mm256_cmpeq_epi32(wide, izero()));
+  return _mm256_blendv_ps(v, otherwise, zero_bytes);
 }
 ENCDEC_INLINE Half load_half(const void* p) {
   return _mm_loadu_si128(static_cast<const __m128i*>(p));

@@ -49,7 +49,8 @@ struct Linear {
   char* output = nullptr;  // (M, N)
   int64_t output_stride = 0;
   int threads = 1;
-  int64_t chunk_rows = 1;  // rows that are staged at a time
+  bool split_rows = false;  // each thread has rows of its own, else output features of its own
+  int64_t chunk_rows = 1;   // rows that are staged at a time
   char* workspace = nullptr;
 };
 

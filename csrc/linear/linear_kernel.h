@@ -1,6 +1,7 @@
-// The product, by the members of a team: each owns panels of output features throughout and takes
-// all rows through them, a chunk of staged rows at a time. A norm needs whole rows: the chunk's
-// results wait as floats until all members have theirs, and are then normalised row by row.
+// The product, by the members of a team, a chunk of staged rows at a time. With many rows each
+// member has its own and takes them through all panels of output features; with few, each has its
+// own panels and takes all rows through them. A norm needs whole rows: the chunk's results wait as
+// floats until they are complete, and are then normalised row by row.
 #pragma once
 
 #include <cmath>
@@ -60,7 +61,7 @@ inline void pack(const Weight& w, int threads, char* packed) {
 struct Places {
   int64_t row, rows, scales;  // a staged row; of a member: its staged rows, their scales
   int64_t member_bytes;
-  int64_t results;  // float [chunk rows][stride], where a norm follows
+  int64_t results;  // where a norm follows: float [chunk rows][stride], of all or of each member
   int64_t stride;
   int64_t bytes;
 };
@@ -73,7 +74,8 @@ inline Places places(const Linear& f) {
   p.member_bytes = p.scales + round_up(f.chunk_rows * 4, 64);
   p.results = p.member_bytes * f.threads;
   p.stride = staged_row_bytes(Format::kFloat32, panels_of(f.N) * kPanel) / 4;
-  p.bytes = p.results + (f.norm != Norm::kNone ? f.chunk_rows * p.stride * 4 : 0);
+  const int64_t chunks = f.norm == Norm::kNone ? 0 : f.split_rows ? f.threads : 1;
+  p.bytes = p.results + chunks * f.chunk_rows * p.stride * 4;
   return p;
 }
 
@@ -109,15 +111,21 @@ class LinearRun {
         esize_(element_bytes(call.dtype)) {}
 
   void run() {
-    for (int64_t first = 0; first < call_.M; first += call_.chunk_rows) {
-      const int64_t left = call_.M - first;
-      const int64_t rows = left < call_.chunk_rows ? left : call_.chunk_rows;
+    const bool split = call_.split_rows;
+    const int64_t begin = split ? part(call_.M, rank_) : 0;
+    const int64_t end = split ? part(call_.M, rank_ + 1) : call_.M;
+    for (int64_t first = begin; first < end; first += call_.chunk_rows) {
+      const int64_t rows = end - first < call_.chunk_rows ? end - first : call_.chunk_rows;
       for (int64_t r = 0; r < rows; ++r) {
         scales()[r] = stage_row<format>(call_.input + (first + r) * call_.input_stride, call_.dtype,
                                         call_.K, own_ + r * places_.row);
       }
       products(first, rows);
       if (call_.norm == Norm::kNone) continue;
+      if (split) {
+        for (int64_t r = 0; r < rows; ++r) normalise(first, r);
+        continue;
+      }
       barrier_.wait(members_);
       for (int64_t r = part(rows, rank_); r < part(rows, rank_ + 1); ++r) normalise(first, r);
       barrier_.wait(members_);
@@ -128,7 +136,9 @@ class LinearRun {
   int64_t part(int64_t n, int i) const { return n * i / members_; }
   float* scales() const { return reinterpret_cast<float*>(own_ + places_.scales); }
   float* results(int64_t r) const {
-    return reinterpret_cast<float*>(call_.workspace + places_.results) + r * places_.stride;
+    const int64_t chunk = call_.split_rows ? rank_ * call_.chunk_rows : 0;
+    return reinterpret_cast<float*>(call_.workspace + places_.results) +
+           (chunk + r) * places_.stride;
   }
 
   void products(int64_t first, int64_t rows) {
@@ -136,7 +146,9 @@ class LinearRun {
     alignas(64) float tile[kRows * kPanel];
     const RowTiles tiles(rows, kRows);
     const int64_t panels = panels_of(call_.N);
-    for (int64_t p = part(panels, rank_); p < part(panels, rank_ + 1); ++p) {
+    const int64_t begin = call_.split_rows ? 0 : part(panels, rank_);
+    const int64_t end = call_.split_rows ? panels : part(panels, rank_ + 1);
+    for (int64_t p = begin; p < end; ++p) {
       for (int64_t i = 0; i < tiles.count; ++i) {
         const int64_t row = tiles.begin(i);
         const int n = static_cast<int>(tiles.begin(i + 1) - row);

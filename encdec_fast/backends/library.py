@@ -20,6 +20,7 @@ _OPS = (
     "rnn_backward",
     "additive_forward",
     "additive_backward",
+    "attention_forward",
     "linear_pack",
     "linear_forward",
 )

@@ -88,3 +88,52 @@ def length_values(lengths: State, most: int) -> None:
         raise RuntimeError(
             f"memory_lengths must be from 0 to the memory's {most} positions, but found {wrong}"
         )
+
+
+def attention(
+    query: Tensor, key: Tensor, value: Tensor, mask: State, bias: State
+) -> tuple[State, State]:
+    """mask and bias in 4 dimensions; RuntimeError unless the tensors of `attention` fit."""
+    name = "attention"
+    for what, tensor in (("query", query), ("key", key), ("value", value)):
+        if tensor.dim() != 4:
+            raise RuntimeError(f"{name}: {what} must have 4 dimensions, got {tensor.dim()}")
+    batch, heads, queries, size = query.shape
+    own, keys = key.shape[1:3]
+    check_shapes(
+        name,
+        "query",
+        query,
+        {
+            "key": (key, (batch, own, keys, size)),
+            "value": (value, (batch, own, keys, value.shape[3])),
+        },
+    )
+    if not query.is_floating_point():
+        raise RuntimeError(f"{name}: expected floating-point tensors, but query is {query.dtype}")
+    if own == 0 or heads % own:
+        raise RuntimeError(
+            f"{name}: the query's {heads} heads must be a multiple of the key's {own}"
+        )
+    if mask is not None and mask.dtype != torch.bool:
+        raise RuntimeError(
+            f"{name}: mask must be bool (a float one is given as bias), but it is {mask.dtype}"
+        )
+    if bias is not None and bias.dtype != query.dtype:
+        raise RuntimeError(
+            f"{name}: bias must be {query.dtype} as query is, but it is {bias.dtype}"
+        )
+    whole = (batch, heads, queries, keys)
+    found = []
+    for what, tensor in (("mask", mask), ("bias", bias)):
+        if tensor is not None:
+            tensor = tensor[(None,) * (4 - tensor.dim())] if tensor.dim() < 4 else tensor
+            sizes = zip(tensor.shape, whole, strict=False)
+            if tensor.dim() != 4 or any(n not in (1, wanted) for n, wanted in sizes):
+                raise RuntimeError(
+                    f"{name}: {what} must broadcast to {whole}, but it is {tuple(tensor.shape)}"
+                )
+            if tensor.device != query.device:
+                raise RuntimeError(f"{name}: {what} must be on {query.device} as query is")
+        found.append(tensor)
+    return found[0], found[1]

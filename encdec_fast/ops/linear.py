@@ -44,6 +44,7 @@ from encdec_fast.ops._torch import round_weights
 
 ACTIVATIONS = ("", "relu", "gelu", "gelu_tanh", "silu")  # as linear_forward numbers them
 NORMS = ("", "layer", "rms")
+_RESIDUAL = 1  # its place among bias, residual, norm_weight and norm_bias
 
 _library = torch.library.Library("encdec_fast", "FRAGMENT")
 _library.define(
@@ -209,20 +210,19 @@ torch.library.register_fake("encdec_fast::linear", _fake, lib=_library)
 
 def _fits(input: Tensor, weight: Tensor, others: Sequence[State]) -> bool:
     """Whether the kernel may run; where not, torch says what is wrong."""
-    bias, residual, norm_weight, norm_bias = others
-    if weight.dim() != 2 or input.dim() == 0 or input.shape[-1] != weight.shape[1]:
+    shape, features = input.shape, weight.shape
+    if len(features) != 2 or not shape or shape[-1] != features[1] or weight.numel() == 0:
         return False
-    if weight.numel() == 0:
+    dtype, device = input.dtype, input.device
+    if weight.dtype is not dtype or weight.device != device:
         return False
-    features = weight.shape[:1]
-    if residual is not None and residual.shape != (*input.shape[:-1], *features):
-        return False
-    if any(t is not None and t.shape != features for t in (bias, norm_weight, norm_bias)):
-        return False
-    return all(
-        t is None or (t.dtype is input.dtype and t.device == input.device)
-        for t in (weight, *others)
-    )
+    for index, tensor in enumerate(others):
+        if tensor is None:
+            continue
+        wanted = (*shape[:-1], features[0]) if index == _RESIDUAL else features[:1]
+        if tensor.shape != wanted or tensor.dtype is not dtype or tensor.device != device:
+            return False
+    return True
 
 
 def describe_call(
@@ -235,8 +235,11 @@ def describe_call(
     weight_dtype: str,
 ) -> tuple[tuple[Backend, ...], LinearCall]:
     """The backends that may run a call, and what they judge."""
-    given = [weight, *(t for t in others if t is not None)]
-    training = needs_gradient([input, *given])
+    given = [weight]
+    for tensor in others:
+        if tensor is not None:
+            given.append(tensor)
+    training = torch.is_grad_enabled() and needs_gradient([input, *given])
     if training and weight_dtype:
         raise RuntimeError(
             f"weight_dtype={weight_dtype!r} is for inference, and a gradient is needed here: "
