@@ -125,7 +125,8 @@ def attention(
         )
     whole = (batch, heads, queries, keys)
     found = []
-    for what, tensor in (("mask", mask), ("bias", bias)):
+    for what, given in (("mask", mask), ("bias", bias)):
+        tensor = given
         if tensor is not None:
             tensor = tensor[(None,) * (4 - tensor.dim())] if tensor.dim() < 4 else tensor
             sizes = zip(tensor.shape, whole, strict=False)

@@ -220,7 +220,7 @@ def _prepare(
     causal: bool = False,
     scale: float | None = None,
     need_weights: bool = False,
-) -> tuple[AttentionCall, tuple[State, ...]]:
+) -> tuple[AttentionCall, tuple[Any, ...]]:
     """The metadata and the tensors of a call of the public function."""
     if autocasting(query.device.type):
         dtype = torch.get_autocast_dtype(query.device.type)
@@ -241,7 +241,6 @@ def _prepare(
 def describe(*args: Any, **options: Any) -> Description:
     """What `explain` asks of the public function; the arguments are the function's own."""
     call, (query, key, value, *_) = _prepare(*args, **options)
-    assert query is not None and key is not None and value is not None
     B, H, Tq, D = query.shape
     sizes = f"B={B} H={H} G={key.shape[1]} Tq={Tq} S={key.shape[2]} D={D} V={value.shape[3]}"
     sizes += f" {call.dtype} {call.device}" + (" training" if call.training else " inference")
