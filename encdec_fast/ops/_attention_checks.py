@@ -124,17 +124,19 @@ def attention(
             f"{name}: bias must be {query.dtype} as query is, but it is {bias.dtype}"
         )
     whole = (batch, heads, queries, keys)
-    found = []
-    for what, given in (("mask", mask), ("bias", bias)):
-        tensor = given
-        if tensor is not None:
-            tensor = tensor[(None,) * (4 - tensor.dim())] if tensor.dim() < 4 else tensor
-            sizes = zip(tensor.shape, whole, strict=False)
-            if tensor.dim() != 4 or any(n not in (1, wanted) for n, wanted in sizes):
-                raise RuntimeError(
-                    f"{name}: {what} must broadcast to {whole}, but it is {tuple(tensor.shape)}"
-                )
-            if tensor.device != query.device:
-                raise RuntimeError(f"{name}: {what} must be on {query.device} as query is")
-        found.append(tensor)
+    found: list[State] = []
+    for what, spread in (("mask", mask), ("bias", bias)):
+        if spread is None:
+            found.append(None)
+            continue
+        if spread.dim() < 4:
+            spread = spread[(None,) * (4 - spread.dim())]
+        sizes = zip(spread.shape, whole, strict=False)
+        if spread.dim() != 4 or any(n not in (1, wanted) for n, wanted in sizes):
+            raise RuntimeError(
+                f"{name}: {what} must broadcast to {whole}, but it is {tuple(spread.shape)}"
+            )
+        if spread.device != query.device:
+            raise RuntimeError(f"{name}: {what} must be on {query.device} as query is")
+        found.append(spread)
     return found[0], found[1]
