@@ -10,7 +10,6 @@ each test hands its own samples to pytest-benchmark. A contender whose outputs a
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -21,6 +20,7 @@ from benchmarks import allocator, cases, machine, measure
 from benchmarks.cases import RnnCase
 from benchmarks.measure import CaseResult, Entry
 from benchmarks.peers import all_peers
+from benchmarks.replay import ReplayTimer, nothing
 
 QUICK = {("grid", 1, 50, 128), ("grid", 8, 20, 256), ("overhead", 1, 1, 16), ("fallback", 1, 1, 16)}
 CONTENDERS = {
@@ -33,24 +33,6 @@ CONTENDERS = {
     "training": ("torch", "encdec_fast"),
     "fallback": ("torch", "encdec_fast"),
 }
-
-
-class ReplayTimer:
-    """A timer for pytest-benchmark that reports samples taken earlier.
-
-    pytest-benchmark reads its timer before and after each round; every second reading is the next
-    sample.
-    """
-
-    def __init__(self) -> None:
-        self._readings: Iterator[float] = iter(())
-
-    def load(self, samples: list[float]) -> None:
-        """Have the next rounds last as long as these samples."""
-        self._readings = (reading for sample in samples for reading in (0.0, sample))
-
-    def __call__(self) -> float:
-        return next(self._readings)
 
 
 replay = ReplayTimer()
@@ -137,8 +119,4 @@ def test_rnn(benchmark: BenchmarkFixture, runner: Runner, case: RnnCase, contend
         )
     replay.load(entry.samples)
     repeat: Any = benchmark.pedantic
-    repeat(_nothing, rounds=len(entry.samples))
-
-
-def _nothing() -> None:
-    """The call that each replayed round stands for; it was made when the case was measured."""
+    repeat(nothing, rounds=len(entry.samples))

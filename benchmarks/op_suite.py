@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -33,10 +34,15 @@ class OpResult:
     """What a case gave. problems: the contenders that were wrong, and how."""
 
     case: OpCase
-    stats: dict[str, Stats]
+    samples: dict[str, list[float]]
     problems: dict[str, str] = field(default_factory=dict)
     peak: float | None = None  # operations a second
     bandwidth: float | None = None  # bytes a second, reading the weight again and again
+
+    @cached_property
+    def stats(self) -> dict[str, Stats]:
+        """Median and quartiles of each contender."""
+        return {name: Stats.of(taken) for name, taken in self.samples.items()}
 
     def seconds(self, name: str) -> float | None:
         """The median time of a contender."""
@@ -176,8 +182,7 @@ def measure(case: OpCase, budget_s: float, ceilings: Ceilings) -> OpResult:
             problems[contender.name] = problem
         else:
             calls[contender.name] = contender.call
-    samples = sampler.sample_warm(calls, budget_s)
-    result = OpResult(case, {name: Stats.of(taken) for name, taken in samples.items()}, problems)
+    result = OpResult(case, sampler.sample_warm(calls, budget_s), problems)
     result.peak = ceilings.peak(case.dtype)
     if case.op == "linear":
         result.bandwidth = ceilings.read_bandwidth(case.weight_bytes // ceilings.threads)
