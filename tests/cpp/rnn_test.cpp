@@ -7,6 +7,7 @@
 #include <functional>
 #include <vector>
 
+#include "buffers.h"
 #include "check.h"
 #include "rnn/rnn_plan.h"
 
@@ -14,29 +15,6 @@ using namespace encdec;
 using namespace encdec::rnn;
 
 namespace {
-
-uint32_t state = 7;
-float next() {  // in [-1, 1)
-  state = state * 1664525u + 1013904223u;
-  return static_cast<float>(static_cast<int32_t>(state)) / 2147483648.0f;
-}
-std::vector<float> random_floats(int64_t n, float scale) {
-  std::vector<float> v(static_cast<size_t>(n));
-  for (float& x : v) x = next() * scale;
-  return v;
-}
-template <class T>
-char* chars(std::vector<T>& v) {
-  return reinterpret_cast<char*>(v.data());
-}
-// A vector whose storage starts at a cache line and ends where it ends.
-struct Lines {
-  explicit Lines(int64_t bytes)
-      : data(static_cast<char*>(std::aligned_alloc(64, static_cast<size_t>(round_up(bytes, 64))))) {
-  }
-  ~Lines() { std::free(data); }
-  char* data;
-};
 
 struct Case {
   Shape shape;

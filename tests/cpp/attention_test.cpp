@@ -1,0 +1,189 @@
+// The attention kernels on every instruction set that the machine has, on buffers of exactly the
+// sizes that a call has: what reads or writes beyond them is for AddressSanitizer to find. Results
+// are held to sums in double.
+#include "attention/attention.h"
+
+#include <cmath>
+#include <limits>
+#include <vector>
+
+#include "attention/additive.h"
+#include "buffers.h"
+#include "check.h"
+
+using namespace encdec;
+using namespace encdec::attention;
+
+namespace {
+
+std::vector<double> softmax(std::vector<double> e) {
+  double top = -std::numeric_limits<double>::infinity(), sum = 0.0;
+  for (double x : e) top = std::max(top, x);
+  for (double& x : e) sum += x = std::exp(x - top);
+  for (double& x : e) x /= sum;
+  return e;
+}
+
+void test_attention(const AttentionKernels& kernels, int64_t Tq, int64_t S, int64_t D, int64_t V,
+                    int threads) {
+  Attention f{};
+  f.B = 2;
+  f.H = 4;
+  f.G = 2;
+  f.Tq = Tq;
+  f.S = S;
+  f.D = D;
+  f.V = V;
+  f.dtype = Format::kFloat32;
+  std::vector<float> q = random_floats(2 * 4 * Tq * D), k = random_floats(2 * 2 * S * D),
+                     v = random_floats(2 * 2 * S * V), out(static_cast<size_t>(2 * 4 * Tq * V)),
+                     w(static_cast<size_t>(2 * 4 * Tq * S)), bias = random_floats(Tq * S);
+  std::vector<char> mask(static_cast<size_t>(2 * S));
+  for (char& m : mask) m = next() > -0.5f;
+  const std::vector<int64_t> lengths{S, S / 2};
+  f.query = {chars(q), 4 * Tq * D * 4, Tq * D * 4, D * 4};
+  f.key = {chars(k), 2 * S * D * 4, S * D * 4, D * 4};
+  f.value = {chars(v), 2 * S * V * 4, S * V * 4, V * 4};
+  f.output = {chars(out), 4 * Tq * V * 4, Tq * V * 4, V * 4};
+  f.scale = 0.7f;
+  f.causal = Tq > 3;
+  f.lengths = lengths.data();
+  f.mask = {mask.data(), S, 0, 0, 1};
+  f.bias = {chars(bias), 0, 0, S * 4, 4};
+  f.weights = w.data();
+  plan(f, threads);
+  f.round_heads = 3;  // several rounds, and a last one that is not full
+  Lines workspace(kernels.workspace(f));
+  f.workspace = workspace.data;
+  kernels.run(f);
+  double worst = 0.0;
+  for (int64_t b = 0; b < 2; ++b) {
+    for (int64_t h = 0; h < 4; ++h) {
+      for (int64_t t = 0; t < Tq; ++t) {
+        std::vector<double> e;
+        std::vector<int64_t> keys;
+        for (int64_t s = 0; s < lengths[static_cast<size_t>(b)]; ++s) {
+          if (!mask[static_cast<size_t>(b * S + s)] || (f.causal && s > t)) continue;
+          double dot = 0.0;
+          for (int64_t d = 0; d < D; ++d) {
+            dot += double(q[static_cast<size_t>(((b * 4 + h) * Tq + t) * D + d)]) *
+                   double(k[static_cast<size_t>(((b * 2 + h / 2) * S + s) * D + d)]);
+          }
+          e.push_back(0.7 * dot + double(bias[static_cast<size_t>(t * S + s)]));
+          keys.push_back(s);
+        }
+        const std::vector<double> p = softmax(e);
+        double sum = 0.0;
+        for (int64_t s = 0; s < S; ++s)
+          sum += double(w[static_cast<size_t>(((b * 4 + h) * Tq + t) * S + s)]);
+        CHECK_NEAR(sum, keys.empty() ? 0.0 : 1.0, 1e-5);
+        for (int64_t c = 0; c < V; ++c) {
+          double expected = 0.0;
+          for (size_t i = 0; i < keys.size(); ++i) {
+            expected +=
+                p[i] * double(v[static_cast<size_t>(((b * 2 + h / 2) * S + keys[i]) * V + c)]);
+          }
+          const double found = double(out[static_cast<size_t>(((b * 4 + h) * Tq + t) * V + c)]);
+          worst = std::max(worst, std::fabs(found - expected));
+        }
+      }
+    }
+  }
+  CHECK_NEAR(worst, 0.0, 1e-5);
+}
+
+// Forward, and gradients against differences of the forward in double.
+void test_additive(const AdditiveKernels& kernels, int64_t Tq, int64_t S, int64_t A, int64_t D,
+                   int threads) {
+  const int64_t B = 2;
+  std::vector<float> q = random_floats(B * Tq * A), k = random_floats(B * S * A),
+                     values = random_floats(B * S * D), v = random_floats(A),
+                     context(static_cast<size_t>(B * Tq * D)), w(static_cast<size_t>(B * Tq * S)),
+                     grad = random_floats(B * Tq * D), gq(q.size()), gk(k.size()),
+                     gvalues(values.size()), gv(v.size());
+  const std::vector<int64_t> lengths{S / 2, S};
+  AdditiveBackward back{};
+  Additive& f = back.forward;
+  f.shape = {B, Tq, S, A, D};
+  f.dtype = Format::kFloat32;
+  f.query = {chars(q), Tq * A * 4, A * 4};
+  f.keys = {chars(k), S * A * 4, A * 4};
+  f.values = {chars(values), S * D * 4, D * 4};
+  f.score_weight = chars(v);
+  f.lengths = lengths.data();
+  f.context = {chars(context), Tq * D * 4, D * 4};
+  f.weights = w.data();
+  plan(f, threads);
+  Lines workspace(kernels.forward_workspace(f));
+  f.workspace = workspace.data;
+  kernels.forward(f);
+  const auto loss = [&](double step, const float* at) {  // sum of grad * context, *at moved
+    const auto value = [&](const std::vector<float>& x, int64_t i) {
+      const float* p = &x[static_cast<size_t>(i)];
+      return double(*p) + (p == at ? step : 0.0);
+    };
+    double total = 0.0;
+    for (int64_t b = 0; b < B; ++b) {
+      const int64_t n = lengths[static_cast<size_t>(b)];
+      for (int64_t t = 0; t < Tq && n > 0; ++t) {
+        std::vector<double> e;
+        for (int64_t s = 0; s < n; ++s) {
+          double sum = 0.0;
+          for (int64_t a = 0; a < A; ++a) {
+            sum += value(v, a) *
+                   std::tanh(value(q, (b * Tq + t) * A + a) + value(k, (b * S + s) * A + a));
+          }
+          e.push_back(sum);
+        }
+        const std::vector<double> p = softmax(e);
+        for (int64_t s = 0; s < n; ++s) {
+          for (int64_t d = 0; d < D; ++d) {
+            total += double(grad[static_cast<size_t>((b * Tq + t) * D + d)]) *
+                     p[static_cast<size_t>(s)] * value(values, (b * S + s) * D + d);
+          }
+        }
+      }
+    }
+    return total;
+  };
+  double found = 0.0;
+  for (size_t i = 0; i < context.size(); ++i) found += double(grad[i]) * double(context[i]);
+  CHECK_NEAR(found, loss(0.0, nullptr), 1e-4);
+
+  back.grad_context = {chars(grad), Tq * D * 4, D * 4};
+  back.grad_query = {chars(gq), Tq * A * 4, A * 4};
+  back.grad_keys = {chars(gk), S * A * 4, A * 4};
+  back.grad_values = {chars(gvalues), S * D * 4, D * 4};
+  back.grad_score_weight = gv.data();
+  Lines again(kernels.backward_workspace(back));
+  back.workspace = again.data;
+  kernels.backward(back);
+  const auto compare = [&](const std::vector<float>& x, const std::vector<float>& gradient) {
+    for (size_t i = 0; i < x.size(); i += 1 + x.size() / 7) {
+      const double slope = (loss(1e-4, &x[i]) - loss(-1e-4, &x[i])) / 2e-4;
+      CHECK_NEAR(double(gradient[i]), slope, 1e-4);
+    }
+  };
+  compare(q, gq);
+  compare(k, gk);
+  compare(values, gvalues);
+  compare(v, gv);
+}
+
+}  // namespace
+
+void run_tests() {
+  for (const Isa isa : kAllIsas) {
+    if (!isa_supported(isa)) continue;
+    for (const int threads : {1, 3}) {
+      for (const int64_t Tq : {1, 5, 20}) {
+        test_attention(attention_kernels(isa), Tq, 9, 7, 5, threads);
+        test_attention(attention_kernels(isa), Tq, 70, 33, 40, threads);
+        test_attention(attention_kernels(isa), Tq, 48, 32, 64, threads);
+      }
+      test_additive(additive_kernels(isa), 1, 9, 7, 5, threads);
+      test_additive(additive_kernels(isa), 6, 21, 33, 40, threads);
+      test_additive(additive_kernels(isa), 3, 16, 16, 64, threads);
+    }
+  }
+}

@@ -1,0 +1,89 @@
+// The linear kernel on every instruction set that the machine has, on buffers of exactly the sizes
+// that a call has, against sums in double: every format, both ways to split the work, a norm.
+#include "linear/linear.h"
+
+#include <cmath>
+#include <vector>
+
+#include "buffers.h"
+#include "check.h"
+
+using namespace encdec;
+using namespace encdec::linear;
+
+namespace {
+
+void test(const Kernels& kernels, Format format, int64_t M, int64_t N, int64_t K, int threads,
+          bool split, Norm norm) {
+  std::vector<float> x = random_floats(M * K), w = random_floats(N * K), bias = random_floats(N),
+                     residual = random_floats(M * N), y(static_cast<size_t>(M * N));
+  Lines packed(kernels.packed_bytes(N, K, format));
+  kernels.pack({Format::kFloat32, chars(w), K, N, K}, format, threads, packed.data);
+  Linear f{};
+  f.dtype = Format::kFloat32;
+  f.M = M;
+  f.N = N;
+  f.K = K;
+  f.packed = packed.data;
+  f.input = chars(x);
+  f.input_stride = K * 4;
+  f.bias = chars(bias);
+  f.activation = Activation::kRelu;
+  f.residual = chars(residual);
+  f.residual_stride = N * 4;
+  f.norm = norm;
+  f.norm_eps = 0.1f;
+  f.output = chars(y);
+  f.output_stride = N * 4;
+  plan(f, format, threads);
+  f.threads = threads;
+  f.split_rows = split;
+  f.chunk_rows = 17;  // several chunks, and a last one that is not full
+  Lines workspace(kernels.workspace(f));
+  f.workspace = workspace.data;
+  kernels.run(f);
+  const double allowed = (format == Format::kFloat32 ? 1e-5
+                          : format == Format::kInt8  ? 0.03
+                                                     : 0.01) *
+                         std::sqrt(double(K));
+  double worst = 0.0;
+  for (int64_t m = 0; m < M; ++m) {
+    std::vector<double> row;
+    double mean = 0.0, square = 0.0;
+    for (int64_t n = 0; n < N; ++n) {
+      double sum = double(bias[static_cast<size_t>(n)]);
+      for (int64_t k = 0; k < K; ++k) {
+        sum +=
+            double(x[static_cast<size_t>(m * K + k)]) * double(w[static_cast<size_t>(n * K + k)]);
+      }
+      row.push_back(std::max(sum, 0.0) + double(residual[static_cast<size_t>(m * N + n)]));
+      mean += row.back() / double(N);
+    }
+    if (norm != Norm::kLayer) mean = 0.0;
+    for (double r : row) square += (r - mean) * (r - mean) / double(N);
+    for (int64_t n = 0; n < N; ++n) {
+      double expected = row[static_cast<size_t>(n)];
+      if (norm != Norm::kNone) expected = (expected - mean) / std::sqrt(square + 0.1);
+      worst = std::max(worst, std::fabs(double(y[static_cast<size_t>(m * N + n)]) - expected));
+    }
+  }
+  CHECK_NEAR(worst, 0.0, allowed);
+}
+
+}  // namespace
+
+void run_tests() {
+  for (const Isa isa : kAllIsas) {
+    if (!isa_supported(isa)) continue;
+    for (const Format format :
+         {Format::kFloat32, Format::kBfloat16, Format::kFloat16, Format::kInt8}) {
+      for (const Norm norm : {Norm::kNone, Norm::kLayer, Norm::kRms}) {
+        for (const bool split : {false, true}) {
+          test(kernels(isa), format, 1, 1, 1, 1, split, norm);
+          test(kernels(isa), format, 40, 70, 33, 3, split, norm);
+          test(kernels(isa), format, 5, 64, 130, 2, split, norm);
+        }
+      }
+    }
+  }
+}
