@@ -23,7 +23,8 @@ CONTEXTS = {
 }
 
 
-def why_not(call: RecurrentCall) -> list[str]:
+def unfit(call: Any) -> list[str]:
+    """Reasons against every kernel for the CPU; call: metadata with device, dtype and context."""
     reasons = []
     if library.ops_reason():
         reasons.append(library.ops_reason())
@@ -31,14 +32,19 @@ def why_not(call: RecurrentCall) -> list[str]:
         reasons.append(f"the tensors are on {call.device}")
     if call.dtype not in FORMATS:
         reasons.append(f"dtype {call.dtype} is none of float32, bfloat16, float16")
-    elif call.training and call.dtype == torch.float16:
+    if call.context in CONTEXTS:
+        reasons.append(CONTEXTS[call.context])
+    return reasons
+
+
+def why_not(call: RecurrentCall) -> list[str]:
+    reasons = unfit(call)
+    if call.training and call.dtype == torch.float16:
         reasons.append("it trains in float32 and bfloat16, not in float16")
     if call.training and call.projected:
         reasons.append("it has no gradients for proj_size")
     if call.training and call.ragged == "step":
         reasons.append("where a gradient is needed a single step is torch's")
-    if call.context in CONTEXTS:
-        reasons.append(CONTEXTS[call.context])
     if call.empty:
         reasons.append("the batch is empty")
     return reasons

@@ -34,10 +34,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from encdec_fast.backends import Backend, Description, explained_by, library
+from encdec_fast.backends import Backend, Description, explained_by
 from encdec_fast.ops import _attention_checks as checks
 from encdec_fast.ops._call import GRAPHS, State, autocasting, context_of, needs_gradient
-from encdec_fast.ops._cpu import CONTEXTS
+from encdec_fast.ops._cpu import unfit
 from encdec_fast.ops._packing import with_rows
 from encdec_fast.ops._tensor_op import TensorOp, reference_backend
 
@@ -127,19 +127,6 @@ OP = TensorOp(
 OP.register(_library)
 
 
-def _why_not(call: AdditiveCall) -> list[str]:
-    reasons = []
-    if library.ops_reason():
-        reasons.append(library.ops_reason())
-    if call.device != "cpu":
-        reasons.append(f"the tensors are on {call.device}")
-    if call.dtype not in (torch.float32, torch.bfloat16, torch.float16):
-        reasons.append(f"dtype {call.dtype} is none of float32, bfloat16, float16")
-    if call.context in CONTEXTS:
-        reasons.append(CONTEXTS[call.context])
-    return reasons
-
-
 def _rows(tensors: Sequence[State]) -> list[State]:
     """Tensors as the kernels read them: vectors contiguous, matrices with contiguous rows."""
     return [None if t is None else t.contiguous() if t.dim() < 3 else with_rows(t) for t in tensors]
@@ -176,7 +163,7 @@ def _cpu_backward(
     return [grad_query, grad_keys, grad_values, grad_v.to(call.dtype), *of_coverage]
 
 
-BACKENDS = (Backend("cpu", _cpu, _why_not, backward=_cpu_backward), reference_backend(OP))
+BACKENDS = (Backend("cpu", _cpu, unfit, backward=_cpu_backward), reference_backend(OP))
 OP.backends = BACKENDS
 
 

@@ -35,10 +35,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from encdec_fast.backends import Backend, Description, explained_by, library, select
+from encdec_fast.backends import Backend, Description, explained_by, select
 from encdec_fast.ops import _attention_checks as checks
 from encdec_fast.ops._call import GRAPHS, State, autocasting, context_of, needs_gradient
-from encdec_fast.ops._cpu import CONTEXTS
+from encdec_fast.ops._cpu import unfit
 from encdec_fast.ops._packing import with_rows
 
 _library = torch.library.Library("encdec_fast", "FRAGMENT")
@@ -171,18 +171,7 @@ def _cpu(
 
 
 def _why_not(call: AttentionCall) -> list[str]:
-    reasons = []
-    if library.ops_reason():
-        reasons.append(library.ops_reason())
-    if call.training:
-        reasons.append("a gradient is needed: it has none yet")
-    if call.device != "cpu":
-        reasons.append(f"the tensors are on {call.device}")
-    if call.dtype not in (torch.float32, torch.bfloat16, torch.float16):
-        reasons.append(f"dtype {call.dtype} is none of float32, bfloat16, float16")
-    if call.context in CONTEXTS:
-        reasons.append(CONTEXTS[call.context])
-    return reasons
+    return unfit(call) + (["a gradient is needed: it has none yet"] if call.training else [])
 
 
 BACKENDS = (

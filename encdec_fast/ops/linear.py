@@ -29,7 +29,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from encdec_fast.backends import Backend, Description, explained_by, library, select
+from encdec_fast.backends import Backend, Description, explained_by, select
 from encdec_fast.ops._call import (
     GRAPHS,
     WEIGHT_DTYPES,
@@ -38,7 +38,7 @@ from encdec_fast.ops._call import (
     context_of,
     needs_gradient,
 )
-from encdec_fast.ops._cpu import CONTEXTS, FORMATS
+from encdec_fast.ops._cpu import FORMATS, unfit
 from encdec_fast.ops._packing import kept
 from encdec_fast.ops._torch import round_weights
 
@@ -169,18 +169,8 @@ def _cpu(
 
 
 def _why_not(call: LinearCall) -> list[str]:
-    reasons = []
-    if library.ops_reason():
-        reasons.append(library.ops_reason())
-    if call.training:
-        reasons.append("a gradient is needed: torch's own product computes it")
-    if call.device != "cpu":
-        reasons.append(f"the tensors are on {call.device}")
-    if call.dtype not in FORMATS:
-        reasons.append(f"dtype {call.dtype} is none of float32, bfloat16, float16")
-    if call.context in CONTEXTS:
-        reasons.append(CONTEXTS[call.context])
-    return reasons
+    reason = "a gradient is needed: torch's own product computes it"
+    return unfit(call) + ([reason] if call.training else [])
 
 
 BACKENDS = (
