@@ -85,7 +85,8 @@ class AdditiveBackwardRun {
       for (int64_t i = 0; i < kLanes; ++i) {
         stage(i < count ? f_.values.at(b, s + i) : nullptr, k + i * stride);
       }
-      all_sums(q, stride, rows, k, stride, count, whole, grads(b, first) + s, places_.grads_stride,
+      all_sums(q, stride, rows, count, whole, grads(b, first) + s, places_.grads_stride,
+               FloatKeys{k, stride},
                [](Float sum, Float x, Float y, int64_t)
                    __attribute__((always_inline)) { return fma(x, y, sum); });
     }

@@ -98,7 +98,8 @@ class AdditiveForward {
           std::memset(k + i * stride, 0, static_cast<size_t>(whole * 4));
         }
       }
-      all_sums(q, stride, rows, k, stride, count, whole, score_row(0) + s, places_.scores_stride,
+      all_sums(q, stride, rows, count, whole, score_row(0) + s, places_.scores_stride,
+               FloatKeys{k, stride},
                [&](Float sum, Float own, Float key, int64_t a) __attribute__((always_inline)) {
                  return fma(load(v + a), reciprocal_of<direct>(own, key), sum);
                });

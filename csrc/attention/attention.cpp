@@ -7,9 +7,10 @@ namespace {
 
 constexpr int64_t kPackedRows = 12;  // queries of a key head from which packing pays
 constexpr int64_t kScoreBytes = int64_t{256} << 10;  // of a tile: they stay in L2
-constexpr int64_t kMostRows = 56;                    // of a tile: four tiles of the product
-constexpr int64_t kRoundBytes = int64_t{4} << 20;    // of keys and values packed at a time
-constexpr double kTeamProducts = 200e3;              // from which a team pays
+constexpr int64_t kTileRows = 14;                    // of the product's tallest tile
+constexpr int64_t kMostRows = 10 * kTileRows;
+constexpr int64_t kRoundBytes = int64_t{4} << 20;  // of keys and values packed at a time
+constexpr double kTeamProducts = 200e3;            // from which a team pays
 
 }  // namespace
 
@@ -31,7 +32,7 @@ void plan(Attention& call, int available) {
   call.threads = products > kTeamProducts ? std::max(1, available) : 1;
   call.packed = rows >= kPackedRows;
   const int64_t fitting = kScoreBytes / (4 * std::max<int64_t>(1, call.S));
-  call.query_rows = std::min(kMostRows, std::max<int64_t>(fitting, 14));
+  call.query_rows = std::min(kMostRows, std::max(fitting / kTileRows, int64_t{1}) * kTileRows);
   call.query_rows = std::max<int64_t>(1, std::min(call.query_rows, rows));
   const int64_t head = call.S * (call.D + call.V) * element_bytes(call.dtype);
   const int64_t most = call.packed ? kRoundBytes / std::max<int64_t>(1, head) : heads;

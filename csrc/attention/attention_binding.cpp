@@ -75,7 +75,9 @@ std::vector<Tensor> attention_forward(Tensor query, Tensor key, Tensor value,
   f.bias = spread(bias, f, query.scalar_type(), element_bytes(f.dtype), "bias");
   f.causal = causal;
   f.scale = static_cast<float>(scale);
-  std::vector<Tensor> result{empty<4>({f.B, f.H, f.Tq, f.V}, dtype_of(f.dtype))};
+  // Heads lie side by side in the features, as the projection that follows reads them.
+  const Tensor rows = empty<4>({f.B, f.Tq, f.H, f.V}, dtype_of(f.dtype));
+  std::vector<Tensor> result{torch::stable::transpose(rows, 1, 2)};
   f.output = heads_of(result[0], f.B, f.H, f.Tq, f.V, f.dtype, "output");
   if (need_weights) {
     result.push_back(empty<4>({f.B, f.H, f.Tq, f.S}, aoti_torch_dtype_float32()));

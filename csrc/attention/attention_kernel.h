@@ -158,23 +158,28 @@ class AttentionRun {
     const int64_t whole = round_up(t.rows, kTileQueries);
     for (int64_t r = 0; r < whole; ++r)
       stage(r < t.rows ? query_row(t, r) : nullptr, q + r * stride);
-    const bool as_they_lie = call_.dtype == Format::kFloat32 && call_.D % kLanes == 0;
     for (int64_t s = 0; s < n; s += kLanes) {
       const int64_t count = n - s < kLanes ? n - s : kLanes;
-      const float* rows = k;
-      int64_t rows_stride = stride;
-      if (as_they_lie && count == kLanes) {
-        rows = reinterpret_cast<const float*>(call_.key.at(t.b, t.g, s));
-        rows_stride = call_.key.row_stride / 4;
-      } else {
-        for (int64_t i = 0; i < kLanes; ++i) {
-          stage(i < count ? call_.key.at(t.b, t.g, s + i) : nullptr, k + i * stride);
-        }
+      const auto sums = [&](const auto& key_at) {
+        all_sums(q, stride, t.rows, count, size, scores(0) + s, places_.scores_row / 4, key_at,
+                 [](Float sum, Float x, Float y, int64_t)
+                     __attribute__((always_inline)) { return fma(x, y, sum); });
+      };
+      if (call_.D % kLanes == 0 && count == kLanes) {  // whole vectors, read as they lie
+        const char* const first = call_.key.at(t.b, t.g, s);
+        const int64_t row = call_.key.row_stride;
+        with_dtype(call_.dtype, [&](auto dtype) {
+          constexpr Format d = decltype(dtype)::value;
+          sums([&](int64_t j, int64_t a) __attribute__((always_inline)) {
+            return load_as(d, first + j * row + a * element_bytes(d));
+          });
+        });
+        continue;
       }
-      all_sums(q, stride, t.rows, rows, rows_stride, count, size, scores(0) + s,
-               places_.scores_row / 4,
-               [](Float sum, Float x, Float y, int64_t)
-                   __attribute__((always_inline)) { return fma(x, y, sum); });
+      for (int64_t i = 0; i < kLanes; ++i) {
+        stage(i < count ? call_.key.at(t.b, t.g, s + i) : nullptr, k + i * stride);
+      }
+      sums(FloatKeys{k, stride});
     }
     for (int64_t r = 0; r < t.rows; ++r) finish_row(t, r, n);
     const auto run = [&](auto constant) {

@@ -25,11 +25,12 @@ ENCDEC_INLINE Float sums_of(Float (&v)[kLanes]) {
 }
 
 // out[i * (kLanes / queries) + j]: the sum over all numbers of term(query i's, key j's), where
-// term(sum, q, k, a) adds vector a's part. Rows are `size` floats, a multiple of kLanes, and
-// q_stride and k_stride floats apart.
-template <int queries, class Term>
-inline void tile_sums(const float* q, int64_t q_stride, const float* k, int64_t k_stride,
-                      int64_t size, float* out, const Term& term) {
+// term(sum, q, k, a) adds the part of the vector at a. A row of queries has `size` floats, a
+// multiple of kLanes, and is q_stride floats from the next; key_at(j, a) is the vector at a of key
+// j.
+template <int queries, class KeyAt, class Term>
+inline void tile_sums(const float* q, int64_t q_stride, int64_t size, float* out,
+                      const KeyAt& key_at, const Term& term) {
   constexpr int keys = kLanes / queries;
   Float sums[kLanes];
 #pragma GCC unroll 16
@@ -40,7 +41,7 @@ inline void tile_sums(const float* q, int64_t q_stride, const float* k, int64_t 
     for (int i = 0; i < queries; ++i) own[i] = load(q + i * q_stride + a);
 #pragma GCC unroll 16
     for (int j = 0; j < keys; ++j) {
-      const Float key = load(k + j * k_stride + a);
+      const Float key = key_at(j, a);
 #pragma GCC unroll 4
       for (int i = 0; i < queries; ++i) {
         sums[i * keys + j] = term(sums[i * keys + j], own[i], key, a);
@@ -50,17 +51,19 @@ inline void tile_sums(const float* q, int64_t q_stride, const float* k, int64_t 
   store(out, sums_of(sums));
 }
 
-// sums[t][s] for all queries t < rows and keys s < count, by tiles. Both sides have rows of zeros
-// behind them up to a whole tile, and a row of sums has room for one.
-template <class Term>
-inline void all_sums(const float* q, int64_t q_stride, int64_t rows, const float* k,
-                     int64_t k_stride, int64_t count, int64_t size, float* sums,
-                     int64_t sums_stride, const Term& term) {
+// sums[t][s] for all queries t < rows and keys s < count, by tiles. Queries have rows of zeros
+// behind them up to a whole tile, keys may be asked for up to one, and a row of sums has room for
+// one.
+template <class KeyAt, class Term>
+inline void all_sums(const float* q, int64_t q_stride, int64_t rows, int64_t count, int64_t size,
+                     float* sums, int64_t sums_stride, const KeyAt& key_at, const Term& term) {
   alignas(64) float tile[kLanes];
   const auto tiles = [&](auto constant, int64_t t) {
     constexpr int queries = decltype(constant)::value, keys = kLanes / queries;
     for (int64_t s = 0; s < count; s += keys) {
-      tile_sums<queries>(q + t * q_stride, q_stride, k + s * k_stride, k_stride, size, tile, term);
+      const auto own_key = [&](int j, int64_t a)
+                               __attribute__((always_inline)) { return key_at(s + j, a); };
+      tile_sums<queries>(q + t * q_stride, q_stride, size, tile, own_key, term);
       for (int i = 0; i < queries && t + i < rows; ++i) {
         std::memcpy(sums + (t + i) * sums_stride + s, tile + i * keys, sizeof(float) * keys);
       }
@@ -76,6 +79,13 @@ inline void all_sums(const float* q, int64_t q_stride, int64_t rows, const float
     }
   }
 }
+
+// Keys that lie as floats, `stride` floats from one to the next.
+struct FloatKeys {
+  const float* data;
+  int64_t stride;
+  ENCDEC_INLINE Float operator()(int64_t j, int64_t a) const { return load(data + j * stride + a); }
+};
 
 // row = e^(scale * row - the largest of them) over its first n > 0 numbers, zeros behind them; the
 // row has room for whole vectors. Returns their sum. NaN and +infinity make it NaN, as in torch.

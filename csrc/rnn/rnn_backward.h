@@ -133,7 +133,8 @@ class BackwardRun {
   char* grad_row(int64_t row) const { return work_ + places_.gate_grads + row * places_.row_bytes; }
   float* dh(int64_t r) const { return floats(places_.dh) + r * places_.padded; }
   float* dc(int64_t r) const { return floats(places_.dc) + r * places_.padded; }
-  Float read(const char* p, int n) const { return load_as(call_.dtype, p, n); }
+  // Tensors have the dtype that the products are computed in.
+  static Float read(const char* p, int n) { return load_as(format, p, n); }
 
   // The row that the state had one step earlier; null at the first step without an initial state.
   const char* previous(const StepTensor& tensor, const char* initial, int64_t size, int64_t t,
@@ -199,7 +200,7 @@ class BackwardRun {
     const int64_t n = q_.active(t);
     for (int64_t r = 0; r < n; ++r) {
       if (r + kAhead < n) prefetch(t, r + kAhead);
-      for (int64_t u = first_; u < last_; u += kLanes) gate_gradients(t, r, chunk_row + r, u);
+      gate_gradients(t, r, chunk_row + r);
     }
     barrier_.wait(members_);
     alignas(64) float products[kTileRows * Pl::kUnits];
@@ -245,50 +246,65 @@ class BackwardRun {
     return v;
   }
 
-  // Gradients before the activations, of one row and kLanes units.
-  ENCDEC_INLINE void gate_gradients(int64_t t, int64_t r, int64_t chunk_row, int64_t u) {
-    const int n = lanes_left(u, s_.H);
-    const int64_t at = u * esize_;
+  // Gradients before the activations, of one row and this member's units. Pointers are taken once
+  // per row: a store might change what they are computed from, for all that the compiler knows.
+  void gate_gradients(int64_t t, int64_t r, int64_t chunk_row) {
+    constexpr int64_t kBytes = element_bytes(format);
+    const int64_t gate_bytes = s_.H * kBytes, padded = places_.padded, end = last_, width = s_.H;
+    const char* const gates = dir_.gates + (q_.row_start(t) + r) * 4 * gate_bytes;
+    const char* const grad_output = dir_.grad_output.data ? dir_.grad_output.at(q_, t, r) : nullptr;
+    const char* const grad_cells =
+        cell == Cell::kLstm && dir_.grad_cells.data ? dir_.grad_cells.at(q_, t, r) : nullptr;
+    const bool lstm = cell == Cell::kLstm;
+    const char* const now = (lstm ? dir_.cells : dir_.output).at(q_, t, r);
+    const char* const before = lstm ? previous(dir_.cells, dir_.c0, width, t, r)
+                                    : previous(dir_.output, dir_.h0, width, t, r);
+    float* const dh_row = dh(r);
+    float* const dc_row = lstm ? dc(r) : nullptr;
+    char* const grads = grad_row(chunk_row);
+    float* const bias = bias_sum(0, 0);
     const Float one = set1(1.0f);
-    Float d_h = load(dh(r) + u);
-    if (dir_.grad_output.data) d_h = add(d_h, read(dir_.grad_output.at(q_, t, r) + at, n));
-    const auto saved = [&](int i) __attribute__((always_inline)) {
-      return read(dir_.gates + ((q_.row_start(t) + r) * 4 * s_.H + i * s_.H) * esize_ + at, n);
-    };
-    const auto put = [&](int i, Float v) __attribute__((always_inline)) {
-      stage_vector<format>(staged_at<format>(grad_row(chunk_row), i * places_.padded + u), v);
-      // Kahan's sum: there may be a hundred thousand rows.
-      float* sum = bias_sum(i, u);
-      float* error = sum + kLanes;
-      const Float before = load(sum), wanted = sub(v, load(error)), after = add(before, wanted);
-      store(error, sub(sub(after, before), wanted));
-      store(sum, after);
-    };
-    if constexpr (cell == Cell::kLstm) {
-      const Float i = saved(0), f = saved(1), g = saved(2), o = saved(3);
-      const Float tanh_c = tanh(read(dir_.cells.at(q_, t, r) + at, n));
-      const char* before = previous(dir_.cells, dir_.c0, s_.H, t, r);
-      const Float c_before = before ? read(before + at, n) : zero();
-      Float d_c = fma(mul(d_h, o), fnma(tanh_c, tanh_c, one), load(dc(r) + u));
-      if (dir_.grad_cells.data) d_c = add(d_c, read(dir_.grad_cells.at(q_, t, r) + at, n));
-      store(dc(r) + u, mul(d_c, f));
-      put(0, mul(mul(d_c, g), mul(i, sub(one, i))));
-      put(1, mul(mul(d_c, c_before), mul(f, sub(one, f))));
-      put(2, mul(mul(d_c, i), fnma(g, g, one)));
-      put(3, mul(mul(d_h, tanh_c), mul(o, sub(one, o))));
-    } else if constexpr (cell == Cell::kGru) {
-      const Float reset = saved(0), update = saved(1), fresh = saved(2), inner = saved(3);
-      const char* before = previous(dir_.output, dir_.h0, s_.H, t, r);
-      const Float h_before = before ? read(before + at, n) : zero();
-      const Float d_fresh = mul(mul(d_h, sub(one, update)), fnma(fresh, fresh, one));
-      put(0, d_fresh);
-      put(1, mul(mul(d_fresh, inner), mul(reset, sub(one, reset))));
-      put(2, mul(mul(d_h, sub(h_before, fresh)), mul(update, sub(one, update))));
-      put(3, mul(d_fresh, reset));
-      store(dh(r) + u, mul(d_h, update));
-    } else {
-      const Float h = read(dir_.output.at(q_, t, r) + at, n);
-      put(0, cell == Cell::kTanh ? mul(d_h, fnma(h, h, one)) : where_positive(h, d_h));
+    for (int64_t u = first_; u < end; u += kLanes) {
+      const int n = lanes_left(u, width);
+      const int64_t at = u * kBytes;
+      const auto saved = [&](int i) __attribute__((always_inline)) {
+        return read(gates + i * gate_bytes + at, n);
+      };
+      const auto put = [&](int i, Float v) __attribute__((always_inline)) {
+        stage_vector<format>(staged_at<format>(grads, i * padded + u), v);
+        // Kahan's sum: there may be a hundred thousand rows.
+        float* const sum = bias + 2 * (u * Sg::kCount + i * kLanes);
+        float* const error = sum + kLanes;
+        const Float start = load(sum), wanted = sub(v, load(error)), after = add(start, wanted);
+        store(error, sub(sub(after, start), wanted));
+        store(sum, after);
+      };
+      Float d_h = load(dh_row + u);
+      if (grad_output) d_h = add(d_h, read(grad_output + at, n));
+      if constexpr (cell == Cell::kLstm) {
+        const Float i = saved(0), f = saved(1), g = saved(2), o = saved(3);
+        const Float tanh_c = tanh(read(now + at, n));
+        const Float c_before = before ? read(before + at, n) : zero();
+        Float d_c = fma(mul(d_h, o), fnma(tanh_c, tanh_c, one), load(dc_row + u));
+        if (grad_cells) d_c = add(d_c, read(grad_cells + at, n));
+        store(dc_row + u, mul(d_c, f));
+        put(0, mul(mul(d_c, g), mul(i, sub(one, i))));
+        put(1, mul(mul(d_c, c_before), mul(f, sub(one, f))));
+        put(2, mul(mul(d_c, i), fnma(g, g, one)));
+        put(3, mul(mul(d_h, tanh_c), mul(o, sub(one, o))));
+      } else if constexpr (cell == Cell::kGru) {
+        const Float reset = saved(0), update = saved(1), fresh = saved(2), inner = saved(3);
+        const Float h_before = before ? read(before + at, n) : zero();
+        const Float d_fresh = mul(mul(d_h, sub(one, update)), fnma(fresh, fresh, one));
+        put(0, d_fresh);
+        put(1, mul(mul(d_fresh, inner), mul(reset, sub(one, reset))));
+        put(2, mul(mul(d_h, sub(h_before, fresh)), mul(update, sub(one, update))));
+        put(3, mul(d_fresh, reset));
+        store(dh_row + u, mul(d_h, update));
+      } else {
+        const Float h = read(now + at, n);
+        put(0, cell == Cell::kTanh ? mul(d_h, fnma(h, h, one)) : where_positive(h, d_h));
+      }
     }
   }
 

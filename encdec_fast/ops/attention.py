@@ -16,7 +16,7 @@ where s <= t.
     mask            bool, broadcast to (B, H, Tq, S)
     bias            of the query's dtype, broadcast to (B, H, Tq, S): T5's relative bias, ALiBi, or
                     a float mask with -inf in it
-    output          (B, H, Tq, V)
+    output          (B, H, Tq, V)     in memory (B, Tq, H, V), as the next projection reads it
     weights         (B, H, Tq, S)     zero where a key does not count
 
 A query without any key that counts has zeros for weights and output, where torch has NaN. Memory
@@ -105,9 +105,14 @@ def reference(
     return weights @ value, weights
 
 
+def _laid_out(output: Tensor) -> Tensor:
+    """The output in the layout of the op: heads side by side in the features."""
+    return output.transpose(1, 2).contiguous().transpose(1, 2)
+
+
 def _reference(call: AttentionCall, *tensors: Any) -> tuple[Tensor, Tensor]:
     output, weights = reference(*tensors, causal=call.causal, scale=call.scale)
-    return output.contiguous(), weights if call.need_weights else output.new_empty(0)
+    return _laid_out(output), weights if call.need_weights else output.new_empty(0)
 
 
 def _torch(
@@ -139,7 +144,7 @@ def _torch(
     if both is not None:  # rows without a key
         some = (both if bias is None else both != -torch.inf).any(-1, keepdim=True)
         output = torch.where(some, output, 0)
-    return output.contiguous(), output.new_empty(0)
+    return _laid_out(output), output.new_empty(0)
 
 
 def _torch_why_not(call: AttentionCall) -> list[str]:
@@ -191,7 +196,9 @@ def _run(*args: Any) -> tuple[Tensor, Tensor]:
 
 def _fake(query: Tensor, key: Tensor, value: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
     shape = (*query.shape[:3], key.shape[2]) if rest[-1] else (0,)
-    return query.new_empty((*query.shape[:3], value.shape[3])), query.new_empty(shape)
+    B, H, Tq, _ = query.shape
+    output = query.new_empty((B, Tq, H, value.shape[3])).transpose(1, 2)
+    return output, query.new_empty(shape)
 
 
 _library.impl("attention", _run, "CompositeExplicitAutograd")
