@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import subprocess
+import sys
 from typing import Any
 
 import hypothesis
@@ -491,3 +493,30 @@ def test_module_step_by_step() -> None:
         coverage = weights[:, : t + 1].sum(1)
     with pytest.raises(RuntimeError, match="without it"):
         encdec_fast.nn.AdditiveAttention(6, 5, 7)(query, memory, coverage=coverage)
+
+
+MEMORY = """
+import resource, sys, torch
+from encdec_fast.ops import additive_attention
+
+def peak():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+def run(B, Tq, S, A):
+    shapes = ((B, Tq, A), (B, S, A), (B, S, A), (A,))
+    tensors = [torch.ones(shape, requires_grad=True) for shape in shapes]
+    before = peak()
+    additive_attention(*tensors).sum().backward()
+    return peak() - before
+
+run(2, 2, 3, 4)
+print(run(2, 128, 512, 256))
+"""
+
+
+def test_nothing_of_the_size_of_the_product_is_stored(native: None) -> None:
+    """Forward and backward: the (B, Tq, S, A) product alone would take 134 MB."""
+    found = subprocess.run(
+        [sys.executable, "-c", MEMORY], capture_output=True, text=True, check=True, timeout=120
+    )
+    assert int(found.stdout) < 2 * 128 * 512 * 256 * 4 / 8
