@@ -202,10 +202,11 @@ def test_autocast(kind: str, grad: bool, model: Any, given: Any, form: str) -> N
 def test_autocast_with_a_projection(grad: bool) -> None:
     theirs, ours = pair("lstm", proj_size=3)
     x = torch.randn(6, 4, I)
-    with torch.set_grad_enabled(grad), torch.autocast("cpu", torch.bfloat16):
-        for result, their in zip(flat(ours(x)), flat(theirs(x)), strict=True):
-            assert result.dtype == their.dtype
-            torch.testing.assert_close(result, their, rtol=0.0, atol=0.02)
+    for given in (x, pack_padded_sequence(x, torch.tensor([6, 4, 4, 1]))):
+        with torch.set_grad_enabled(grad), torch.autocast("cpu", torch.bfloat16):
+            for result, their in zip(flat(ours(given)), flat(theirs(given)), strict=True):
+                assert result.dtype == their.dtype
+                torch.testing.assert_close(result, their, rtol=0.0, atol=0.02)
 
 
 @pytest.mark.parametrize("kind", KINDS[1:])  # torch's LSTM has no float16 on every processor

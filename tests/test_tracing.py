@@ -93,6 +93,21 @@ def test_jit_trace(kind: str) -> None:
 
 
 @ALL
+def test_jit_trace_with_gradients(kind: str) -> None:
+    _, module = pair(kind, bidirectional=True)
+    x = torch.randn(4, 2, I)
+    traced = torch.jit.trace(module, (x,), check_trace=False)
+    assert op_name(kind) + "_train" in str(traced.graph)
+    parameters = list(module.parameters())
+    found, expected = traced(x)[0], module(x)[0]
+    torch.testing.assert_close(found, expected)
+    torch.testing.assert_close(
+        torch.autograd.grad(found.square().sum(), parameters),
+        torch.autograd.grad(expected.square().sum(), parameters),
+    )
+
+
+@ALL
 def test_dispatch_modes_see_one_op(kind: str) -> None:
     seen: list[str] = []
 

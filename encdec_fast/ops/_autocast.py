@@ -51,7 +51,8 @@ def run(runner: Callable[..., LayerResult | None], given: Arguments) -> LayerRes
         result = runner(*cast)
     if result is None:
         return None
-    kept = net.kind == "gru" or (net.kind == "lstm" and given.batch_sizes is not None)
+    packed_lstm = net.kind == "lstm" and given.batch_sizes is not None and not net.projected
+    kept = net.kind == "gru" or packed_lstm
     out = state if kept else low
     cell = state if net.projected else out
     output, h_n, c_n, cells = result
