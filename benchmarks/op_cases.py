@@ -19,9 +19,11 @@ from torch.nn import functional as F
 import encdec_fast
 from benchmarks.cases import WEIGHT_BYTES, DType
 from encdec_fast.ops import additive_attention, attention, linear
+from encdec_fast.ops._cpu import FORMATS
 from encdec_fast.ops._packing import kept
 from encdec_fast.ops.additive_attention import reference as additive_reference
 from encdec_fast.ops.attention import reference as attention_reference
+from encdec_fast.ops.linear import make_pack
 
 Op = Literal["additive_attention", "attention", "linear"]
 Results = dict[str, Tensor]
@@ -241,17 +243,13 @@ def _linear(case: OpCase) -> Work:
     ours = encdec_fast.nn.Linear(k, n).to(dtype).requires_grad_(False)
     ours.load_state_dict(module.state_dict())
     theirs: Any = module
-    number = {"float32": 0, "bfloat16": 1, "int8": 3}[case.dtype]
+    number = FORMATS["int8" if case.dtype == "int8" else dtype]
     if case.dtype == "int8":
         ours.weight_dtype = "int8"
         root = nn.Sequential(module)
         theirs = torch.ao.quantization.quantize_dynamic(root, {nn.Linear}, dtype=torch.qint8)
 
-    def make(kind: str, weights: list[Tensor], weight_format: int) -> Tensor:
-        block: Tensor = torch.ops.encdec_fast_cpu.linear_pack(weights[0], weight_format)
-        return block
-
-    block = kept("linear", [ours.weight], number, make)
+    block = kept("linear", [ours.weight], number, make_pack)
     run = torch.ops.encdec_fast_cpu.linear_forward.default
     after = (ours.bias, 0, None, 0, None, None, 0.0)
     calls: dict[str, Callable[[], Any]] = {

@@ -1,8 +1,8 @@
 // Backward of additive attention, in three phases with a barrier between them. With g the gradient
 // of the scores and r as in additive_factors.h:
 //
-//   1  per sentence and tile of queries: g = w * (dW - sum(w * dW)), dW = grad_context values' +
-//   ...
+//   1  per sentence and tile of queries: g = w * (dW - sum(w * dW)),
+//      dW = grad_context values' + grad_weights
 //      per sentence and tile of keys: grad_values = w' grad_context
 //   2  per sentence and chunk of A: sums over all pairs (t, s) of g and u = r - r^2
 //          grad_query = 4 v sum_s g u,    grad_keys = 4 v sum_t g u,    grad_v: -2 sum g r
@@ -77,13 +77,13 @@ class AdditiveBackwardRun {
     float* const q = mine(places_.rows);
     float* const k = mine(places_.keys);
     for (int64_t t = 0; t < round_up(rows, kTileQueries); ++t) {
-      stage(t < rows && call_.grad_context.data ? call_.grad_context.at(b, first + t) : nullptr,
-            q + t * stride);
+      float_row(t < rows && call_.grad_context.data ? call_.grad_context.at(b, first + t) : nullptr,
+                f_.dtype, s_.D, q + t * stride);
     }
     for (int64_t s = 0; call_.grad_context.data && s < n; s += kLanes) {
       const int64_t count = n - s < kLanes ? n - s : kLanes;
       for (int64_t i = 0; i < kLanes; ++i) {
-        stage(i < count ? f_.values.at(b, s + i) : nullptr, k + i * stride);
+        float_row(i < count ? f_.values.at(b, s + i) : nullptr, f_.dtype, s_.D, k + i * stride);
       }
       all_sums(q, stride, rows, count, whole, grads(b, first) + s, places_.grads_stride,
                FloatKeys{k, stride},
@@ -156,13 +156,6 @@ class AdditiveBackwardRun {
     return reinterpret_cast<float*>(work_ + places_.grad_v) + b * round_up(s_.A, kLanes);
   }
   const float* weights(int64_t b, int64_t t) const { return f_.weights + (b * s_.Tq + t) * s_.S; }
-
-  // A row of D numbers as floats, in whole vectors; null: zeros.
-  void stage(const char* row, float* to) const {
-    for (int64_t d = 0; d < s_.D; d += kLanes) {
-      store(to + d, row ? load_as(f_.dtype, row + d * esize_, lanes_left(d, s_.D)) : zero());
-    }
-  }
 
   void softmax_gradient(int64_t b, int64_t t, int64_t n) {
     float* g = grads(b, t);

@@ -29,10 +29,10 @@ constexpr bool kStaged = format == Format::kBfloat16;
 struct AttentionPlaces {
   int64_t head_keys, head_bytes;  // of a packed head: its values; all of it
   int64_t member, member_bytes;
-  int64_t q, scores, p,
-      keys;         // of a member: staged queries, float scores, weights staged where the
-                    // product takes no floats, and without packing some keys as floats
-  int64_t inverse;  // float: one over each row's sum
+  // Of a member: staged queries, float scores, weights staged where the product takes no floats,
+  // and without packing some keys as floats.
+  int64_t q, scores, p, keys;
+  int64_t inverse;                   // float: one over each row's sum
   int64_t q_row, scores_row, p_row;  // bytes
   int64_t bytes;
 };
@@ -157,7 +157,7 @@ class AttentionRun {
     float* const k = reinterpret_cast<float*>(own_ + places_.keys);
     const int64_t whole = round_up(t.rows, kTileQueries);
     for (int64_t r = 0; r < whole; ++r)
-      stage(r < t.rows ? query_row(t, r) : nullptr, q + r * stride);
+      float_row(r < t.rows ? query_row(t, r) : nullptr, call_.dtype, call_.D, q + r * stride);
     for (int64_t s = 0; s < n; s += kLanes) {
       const int64_t count = n - s < kLanes ? n - s : kLanes;
       const auto sums = [&](const auto& key_at) {
@@ -177,7 +177,8 @@ class AttentionRun {
         continue;
       }
       for (int64_t i = 0; i < kLanes; ++i) {
-        stage(i < count ? call_.key.at(t.b, t.g, s + i) : nullptr, k + i * stride);
+        float_row(i < count ? call_.key.at(t.b, t.g, s + i) : nullptr, call_.dtype, call_.D,
+                  k + i * stride);
       }
       sums(FloatKeys{k, stride});
     }
@@ -218,13 +219,6 @@ class AttentionRun {
   void put(const QueryTile& t, int64_t r, int64_t column, Float sum, int lanes) const {
     store_as(call_.dtype, call_.output.at(t.b, head_of(t, r), query_of(t, r)) + column * esize_,
              mul(sum, set1(inverse()[r])), lanes);
-  }
-
-  // A row of D numbers as floats, in whole vectors; null: zeros.
-  void stage(const char* row, float* to) const {
-    for (int64_t d = 0; d < call_.D; d += kLanes) {
-      store(to + d, row ? load_as(call_.dtype, row + d * esize_, lanes_left(d, call_.D)) : zero());
-    }
   }
 
   // The keys that some query of the tile sees.

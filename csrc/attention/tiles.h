@@ -80,6 +80,15 @@ inline void all_sums(const float* q, int64_t q_stride, int64_t rows, int64_t cou
   }
 }
 
+// A row of a tensor as floats, in whole vectors; null: zeros.
+inline void float_row(const char* row, Format dtype, int64_t size, float* to) {
+  if (row) {
+    stage_row<Format::kFloat32>(row, dtype, size, reinterpret_cast<char*>(to));
+  } else {
+    std::memset(to, 0, static_cast<size_t>(round_up(size, kLanes) * 4));
+  }
+}
+
 // Keys that lie as floats, `stride` floats from one to the next.
 struct FloatKeys {
   const float* data;

@@ -9,12 +9,22 @@
 // and, because rows are stored with the zero point 128, sums that start at -128 * (column sum).
 #pragma once
 
+#include "core/cpu_features.h"
 #include "core/format.h"
 #include "core/rows.h"
 #include "core/simd.h"
 
 namespace encdec {
 namespace ENCDEC_ISA_NAMESPACE {
+
+// The instruction set that this is compiled for: a packed matrix is read by no other.
+#if defined(__AVX512BF16__)
+constexpr Isa kIsa = Isa::kAvx512Bf16;
+#elif defined(__AVX512F__)
+constexpr Isa kIsa = Isa::kAvx512;
+#else
+constexpr Isa kIsa = Isa::kAvx2;
+#endif
 
 struct PackedView {
   const char* data = nullptr;

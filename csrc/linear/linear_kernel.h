@@ -16,14 +16,6 @@ namespace ENCDEC_ISA_NAMESPACE {
 
 using namespace encdec::ENCDEC_ISA_NAMESPACE;
 
-#if defined(__AVX512BF16__)
-constexpr Isa kIsa = Isa::kAvx512Bf16;
-#elif defined(__AVX512F__)
-constexpr Isa kIsa = Isa::kAvx512;
-#else
-constexpr Isa kIsa = Isa::kAvx2;
-#endif
-
 constexpr int kVectors = 2;  // of a panel
 constexpr int kPanel = kVectors * kLanes;
 

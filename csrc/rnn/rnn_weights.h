@@ -11,14 +11,6 @@ namespace ENCDEC_ISA_NAMESPACE {
 
 using namespace encdec::ENCDEC_ISA_NAMESPACE;
 
-#if defined(__AVX512BF16__)
-constexpr Isa kIsa = Isa::kAvx512Bf16;
-#elif defined(__AVX512F__)
-constexpr Isa kIsa = Isa::kAvx512;
-#else
-constexpr Isa kIsa = Isa::kAvx2;
-#endif
-
 // A block is the columns of all gates of `units` hidden units, so that one thread has all that the
 // gates' arithmetic needs: `panels` panels of `vectors` vectors. Vector v of a block holds gate
 // gate(v) of the units from unit_offset(v) on.

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from encdec_fast.backends import Backend, select
 from encdec_fast.ops._call import GRAPHS, State
-from encdec_fast.ops._derivatives import double_backward, recompute
+from encdec_fast.ops._derivatives import Function, double_backward, recompute
 
 # The tensors of a call and its metadata -> every result and every saved tensor.
 Reference = Callable[..., tuple[Tensor, ...]]
@@ -162,33 +162,28 @@ class TensorOp:
     def _backward_backward(self, ctx: Any, *outer: Any) -> tuple[Any, ...]:
         saved = ctx.saved_tensors
         grads, tensors = saved[: self.result_count], saved[self.result_count :]
-        function = self._function(tensors, ctx.flags)
+        function = self._function(self.make_call(tensors, ctx.flags, False), tensors)
         own = tensors[: self.differentiable]
         of_grads, of_own = double_backward(function, grads, own, outer)
         others = self.tensor_count - self.differentiable + len(ctx.flags) + ctx.count
         return *of_grads, *of_own, *(None,) * others
 
-    def _function(self, tensors: Sequence[State], flags: Sequence[Any]) -> Any:
+    def _function(self, call: Any, tensors: Sequence[State]) -> Function:
         """The reference as a function of the differentiable tensors, giving the results."""
-        rest, call = tensors[self.differentiable :], self.make_call(tensors, flags, False)
-        return lambda *own: self.reference(call, *own, *rest)
+        rest = tensors[self.differentiable :]
+        return lambda *own: self.reference(call, *own, *rest)[: self.result_count]
 
     def recompute(self, call: Any, grads: Sequence[State], tensors: Sequence[State]) -> list[State]:
         """The gradients of the differentiable tensors by running the reference under autograd."""
-        rest = tensors[self.differentiable :]
-
-        def function(*own: State) -> tuple[Tensor, ...]:
-            return self.reference(call, *own, *rest)[: self.result_count]
-
-        return recompute(function, grads, tensors[: self.differentiable])
+        own = tensors[: self.differentiable]
+        return recompute(self._function(call, tensors), grads, own)
 
     def emit(self, call: Any, tensors: Sequence[State], flags: Sequence[Any]) -> tuple[Tensor, ...]:
         """Run a call: on its backend where nothing watches, else through the generic op."""
         watched = call.context in GRAPHS
         if not watched and (not call.training or call.context):
-            results = select(self.backends, call._replace(training=False)).run(
-                call._replace(training=False), *tensors
-            )
+            plain = call._replace(training=False)
+            results = select(self.backends, plain).run(plain, *tensors)
         else:
             op = getattr(torch.ops.encdec_fast, self.name + ("_train" if call.training else ""))
             results = op(*tensors, *flags)

@@ -133,7 +133,6 @@ def _rows(tensors: Sequence[State]) -> list[State]:
 
 
 def _cpu(call: AdditiveCall, *tensors: Any) -> tuple[Tensor, ...]:
-    checks.length_values(tensors[6], tensors[1].shape[1])
     wanted = call.need_weights or call.training
     context, *weights = torch.ops.encdec_fast_cpu.additive_forward(*_rows(tensors), wanted)
     if not wanted:

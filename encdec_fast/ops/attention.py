@@ -125,11 +125,10 @@ def _torch(
     bias: State,
 ) -> tuple[Tensor, Tensor]:
     """torch's own fused attention."""
-    counts = _counts(query, key, memory_lengths, mask, call.causal and bias is not None)
-    causal = call.causal and counts is None
-    if call.causal and not causal and bias is None:
-        counts = _counts(query, key, None, counts, True)
-    both: State = counts
+    # torch's kernel takes causal or a mask, not both.
+    masked = memory_lengths is not None or mask is not None or bias is not None
+    counts = _counts(query, key, memory_lengths, mask, call.causal and masked)
+    both = counts
     if bias is not None:
         both = bias if counts is None else bias.masked_fill(~counts, -torch.inf)
     output = F.scaled_dot_product_attention(
@@ -137,7 +136,7 @@ def _torch(
         key,
         value,
         attn_mask=both,
-        is_causal=causal,
+        is_causal=call.causal and not masked,
         scale=call.scale,
         enable_gqa=query.shape[1] != key.shape[1],
     )
@@ -160,7 +159,6 @@ def _cpu(
     mask: State,
     bias: State,
 ) -> tuple[Tensor, Tensor]:
-    checks.length_values(memory_lengths, key.shape[2])
     output, *weights = torch.ops.encdec_fast_cpu.attention_forward.default(
         with_rows(query),
         with_rows(key),

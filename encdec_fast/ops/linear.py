@@ -134,7 +134,8 @@ def _torch(
     return y
 
 
-def _make_pack(kind: str, weights: list[Tensor], weight_format: int) -> Tensor:
+def make_pack(kind: str, weights: list[Tensor], weight_format: int) -> Tensor:
+    """What `kept` calls for a linear weight."""
     packed: Tensor = torch.ops.encdec_fast_cpu.linear_pack(weights[0], weight_format)
     return packed
 
@@ -161,7 +162,7 @@ def _cpu(
     input = input.contiguous()
     run = torch.ops.encdec_fast_cpu.linear_forward.default
     for again in (False, True, True):
-        block = kept("linear", [weight], weight_format, _make_pack, again=again)
+        block = kept("linear", [weight], weight_format, make_pack, again=again)
         result: list[Tensor] = run(input, weight, block, *after)
         if result:  # nothing where the values are not those that were packed
             return result[0]
