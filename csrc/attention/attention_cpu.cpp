@@ -1,5 +1,6 @@
 // The attention kernels of one instruction set: this file is compiled once for each.
-#include "attention/attention_kernel.h"
+#include "attention/attention_backward.h"
+#include "attention/attention_forward.h"
 
 namespace encdec::attention {
 namespace ENCDEC_ISA_NAMESPACE {
@@ -12,6 +13,15 @@ const AttentionKernels kAttentionKernels = {
     },
     [](const Attention& f) {
       with_dtype(f.dtype, [&](auto c) { run_attention<decltype(c)::value>(f); });
+    },
+    [](const AttentionBackward& f) {
+      int64_t bytes = 0;
+      with_dtype(f.forward.dtype,
+                 [&](auto c) { bytes = backward_places<decltype(c)::value>(f).bytes; });
+      return bytes;
+    },
+    [](const AttentionBackward& f) {
+      with_dtype(f.forward.dtype, [&](auto c) { run_attention_backward<decltype(c)::value>(f); });
     },
 };
 

@@ -30,9 +30,10 @@ struct RowsView {
 // grows with the length of one run.
 constexpr int64_t kSumGroups = 512;
 
+// With `onto`, the result is added to what stands in `out` (not for int8).
 template <Format format, int MR, int NV>
 __attribute__((noinline)) void multiply_tile(const PackedView& w, int64_t panel, RowsView x,
-                                             float* out, int64_t out_stride) {
+                                             float* out, int64_t out_stride, bool onto = false) {
   using D = Dot<format>;
   constexpr int kSplit = MR * NV >= 8 ? 1 : (7 + MR * NV) / (MR * NV);
   constexpr int kStep = NV * kLanes * weight_group_bytes(format);
@@ -91,7 +92,7 @@ __attribute__((noinline)) void multiply_tile(const PackedView& w, int64_t panel,
 #pragma GCC unroll 8
         for (int s = 1; s < kSplit; ++s) sum = D::sum(sum, acc[s][r][v]);
         float* to = out + r * out_stride + v * kLanes;
-        if (done == 0) {
+        if (done == 0 && !onto) {
           D::put(to, sum);
         } else if constexpr (format != Format::kInt8) {
           store(to, add(load(to), sum));
@@ -104,12 +105,12 @@ __attribute__((noinline)) void multiply_tile(const PackedView& w, int64_t panel,
 
 template <Format format, int NV, int MR = max_tile_rows(NV)>
 ENCDEC_INLINE void multiply_rows(int rows, const PackedView& w, int64_t panel, RowsView x,
-                                 float* out, int64_t out_stride) {
+                                 float* out, int64_t out_stride, bool onto = false) {
   if constexpr (MR > 0) {
     if (rows == MR) {
-      multiply_tile<format, MR, NV>(w, panel, x, out, out_stride);
+      multiply_tile<format, MR, NV>(w, panel, x, out, out_stride, onto);
     } else {
-      multiply_rows<format, NV, MR - 1>(rows, w, panel, x, out, out_stride);
+      multiply_rows<format, NV, MR - 1>(rows, w, panel, x, out, out_stride, onto);
     }
   }
 }

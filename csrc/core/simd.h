@@ -62,6 +62,19 @@ ENCDEC_INLINE Int iset1(int32_t x) { return _mm512_set1_epi32(x); }
 ENCDEC_INLINE Int iload(const void* p) { return _mm512_loadu_si512(p); }
 ENCDEC_INLINE void istore(void* p, Int v) { _mm512_storeu_si512(p, v); }
 ENCDEC_INLINE Int iadd(Int a, Int b) { return _mm512_add_epi32(a, b); }
+ENCDEC_INLINE Int ixor(Int a, Int b) { return _mm512_xor_si512(a, b); }
+// The 64 bits of a product of two unsigned numbers, as its upper and lower half.
+ENCDEC_INLINE void mul_wide(Int a, Int b, Int* high, Int* low) {
+  const Int even = _mm512_mul_epu32(a, b);
+  const Int odd = _mm512_mul_epu32(_mm512_srli_epi64(a, 32), _mm512_srli_epi64(b, 32));
+  *high = _mm512_mask_mov_epi32(_mm512_srli_epi64(even, 32), 0xaaaa, odd);
+  *low = _mm512_mask_mov_epi32(even, 0xaaaa, _mm512_slli_epi64(odd, 32));
+}
+// v where the unsigned number of a lane is at least `least`, else 0.
+ENCDEC_INLINE Float where_at_least(Int numbers, uint32_t least, Float v) {
+  return _mm512_maskz_mov_ps(_mm512_cmpge_epu32_mask(numbers, iset1(static_cast<int32_t>(least))),
+                             v);
+}
 ENCDEC_INLINE float reduce_max(Float v) { return _mm512_reduce_max_ps(v); }
 ENCDEC_INLINE float reduce_add(Float v) { return _mm512_reduce_add_ps(v); }
 // Any lane where the comparison a <= b is false, NaN included.
@@ -177,6 +190,17 @@ ENCDEC_INLINE Int iload(const void* p) {
 }
 ENCDEC_INLINE void istore(void* p, Int v) { _mm256_storeu_si256(static_cast<__m256i*>(p), v); }
 ENCDEC_INLINE Int iadd(Int a, Int b) { return _mm256_add_epi32(a, b); }
+ENCDEC_INLINE Int ixor(Int a, Int b) { return _mm256_xor_si256(a, b); }
+ENCDEC_INLINE void mul_wide(Int a, Int b, Int* high, Int* low) {
+  const Int even = _mm256_mul_epu32(a, b);
+  const Int odd = _mm256_mul_epu32(_mm256_srli_epi64(a, 32), _mm256_srli_epi64(b, 32));
+  *high = _mm256_blend_epi32(_mm256_srli_epi64(even, 32), odd, 0xaa);
+  *low = _mm256_blend_epi32(even, _mm256_slli_epi64(odd, 32), 0xaa);
+}
+ENCDEC_INLINE Float where_at_least(Int numbers, uint32_t least, Float v) {
+  const Int larger = _mm256_max_epu32(numbers, iset1(static_cast<int32_t>(least)));
+  return _mm256_and_ps(from_bits(_mm256_cmpeq_epi32(larger, numbers)), v);
+}
 ENCDEC_INLINE Float exp2_integral(Float n) {
   return from_bits(_mm256_slli_epi32(_mm256_add_epi32(to_int(n), iset1(127)), 23));
 }

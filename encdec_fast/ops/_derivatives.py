@@ -28,11 +28,11 @@ def autograd_inside_op() -> Iterator[None]:
 
 
 def _pairs(results: Sequence[State], seeds: Sequence[State]) -> tuple[list[Tensor], list[Tensor]]:
-    """The results that have a seed, and those seeds."""
+    """The results that have a seed and depend on anything, and those seeds."""
     both = [
         (result, seed)
         for result, seed in zip(results, seeds, strict=True)
-        if result is not None and seed is not None
+        if result is not None and seed is not None and result.requires_grad
     ]
     return [result for result, _ in both], [seed for _, seed in both]
 
@@ -52,9 +52,11 @@ def recompute(function: Function, grads: Sequence[State], tensors: Sequence[Stat
         leaves = [None if t is None else t.detach().requires_grad_() for t in tensors]
         results, seeds = _pairs(function(*leaves), grads)
         wanted = [leaf for leaf in leaves if leaf is not None]
-        found = torch.autograd.grad(
-            results, wanted, seeds, allow_unused=True, materialize_grads=True
-        )
+        found: Sequence[Tensor] = [torch.zeros_like(leaf) for leaf in wanted]
+        if results:
+            found = torch.autograd.grad(
+                results, wanted, seeds, allow_unused=True, materialize_grads=True
+            )
     return _placed(found, tensors)
 
 
@@ -98,9 +100,11 @@ def double_backward(
         seeds = [_alias(grad) for grad in grads]
         results, given = _pairs(function(*inputs), seeds)
         leaves = [leaf for leaf in inputs if leaf is not None]
-        firsts = torch.autograd.grad(
-            results, leaves, given, create_graph=True, allow_unused=True, materialize_grads=True
-        )
+        firsts: Sequence[Tensor] = [torch.zeros_like(leaf) for leaf in leaves]
+        if results:
+            firsts = torch.autograd.grad(
+                results, leaves, given, create_graph=True, allow_unused=True, materialize_grads=True
+            )
         wanted = leaves + [seed for seed in seeds if seed is not None]
         given_outer = [o for o, leaf in zip(outer, inputs, strict=True) if leaf is not None]
         second = [

@@ -40,6 +40,7 @@ class TensorOp:
     are. make_call: (tensors, flags, training) -> metadata with `training` and `context`.
     reference and fake: (call, *tensors) -> (*results, *saved), where a result that the call does
     not want is an empty tensor; `saved` is left out unless call.training.
+    layout: gives a gradient the strides in which the op returns it.
     backends is set once they exist. Each has run(call, *tensors), which returns the same, and
     backward(call, grads, tensors, results and saved) -> the differentiable tensors' gradients.
     """
@@ -56,11 +57,13 @@ class TensorOp:
         make_call: Callable[[Sequence[State], Sequence[Any], bool], Any],
         reference: Reference,
         fake: Reference,
+        layout: Callable[[Tensor], Tensor] = Tensor.contiguous,
     ) -> None:
         self.name = name
         self.make_call = make_call
         self.reference = reference
         self.fake = fake
+        self.layout = layout
         self.differentiable = differentiable
         self.tensor_count = len(_names(tensors))
         self.flag_names = _names(flags)
@@ -108,10 +111,10 @@ class TensorOp:
         return results[0] if len(results) == 1 else tuple(results)
 
     def _gradients(self, found: Sequence[State], tensors: Sequence[State]) -> list[Tensor]:
-        """Gradients as an op returns them: contiguous, and empty where there is no tensor."""
+        """Gradients as an op returns them: laid out, and empty where there is no tensor."""
         like: Any = tensors[0]
         return [
-            like.new_empty(0) if grad is None or tensor is None else grad.contiguous()
+            like.new_empty(0) if grad is None or tensor is None else self.layout(grad)
             for grad, tensor in zip(found, tensors[: self.differentiable], strict=True)
         ]
 

@@ -4,6 +4,7 @@ For query t and key s of a head:
 
     e_ts = scale * (q_t . k_s) + bias_ts          scale: 1 / sqrt(D) unless given
     w_ts = softmax over s of e_ts                 over the keys that count
+    w_ts = w_ts / (1 - p) or, with probability p, 0        with dropout
     output_t = sum over s of w_ts value_s
 
 A key counts where it is within the sentence's memory_lengths, where mask is True, and, with causal,
@@ -17,13 +18,19 @@ where s <= t.
     bias            of the query's dtype, broadcast to (B, H, Tq, S): T5's relative bias, ALiBi, or
                     a float mask with -inf in it
     output          (B, H, Tq, V)     in memory (B, Tq, H, V), as the next projection reads it
-    weights         (B, H, Tq, S)     zero where a key does not count
+    weights         (B, H, Tq, S)     zero where a key does not count; or their mean over the
+                                      heads, (B, Tq, S)
+
+Dropout is decided by a seed that is drawn from torch's generator, and a place: the same numbers
+(Philox4x32-10, `ops/_dropout.py`) on every thread, backend and device. At a decode step the beams
+of a sentence are its queries: keys and values are there once.
 
 A query without any key that counts has zeros for weights and output, where torch has NaN. Memory
-past a sentence's end is not read. All floating tensors have one dtype and device.
+past a sentence's end is not read. All floating tensors have one dtype and device. Backward computes
+the weights again: nothing of size (Tq, S) is stored.
 
 Vaswani et al., Attention Is All You Need, 2017 (arXiv:1706.03762); shared key heads: Ainslie et
-al., 2023 (arXiv:2305.13245).
+al., 2023 (arXiv:2305.13245); backward: Dao et al., 2022 (arXiv:2205.14135).
 """
 
 from __future__ import annotations
@@ -39,14 +46,12 @@ from encdec_fast.backends import Backend, Description, explained_by, select
 from encdec_fast.ops import _attention_checks as checks
 from encdec_fast.ops._call import GRAPHS, State, autocasting, context_of, needs_gradient
 from encdec_fast.ops._cpu import unfit
+from encdec_fast.ops._derivatives import recompute
+from encdec_fast.ops._dropout import drawn_seed, dropout_factors
 from encdec_fast.ops._packing import with_rows
+from encdec_fast.ops._tensor_op import TensorOp
 
 _library = torch.library.Library("encdec_fast", "FRAGMENT")
-_library.define(
-    "attention(Tensor query, Tensor key, Tensor value, Tensor? memory_lengths, Tensor? mask,"
-    " Tensor? bias, bool causal, float scale, bool need_weights)"
-    " -> (Tensor output, Tensor weights)"
-)
 
 
 class AttentionCall(NamedTuple):
@@ -57,8 +62,17 @@ class AttentionCall(NamedTuple):
     training: bool
     causal: bool
     scale: float
+    dropout_p: float
+    average_weights: bool
     need_weights: bool
     context: str  # as in ops/_call.py
+
+
+def _call(tensors: Sequence[Any], flags: Sequence[Any], training: bool) -> AttentionCall:
+    query = tensors[0]
+    causal, scale, dropout_p, average_weights, need_weights = flags
+    where = (query.dtype, query.device.type, training)
+    return AttentionCall(*where, causal, scale, dropout_p, average_weights, need_weights, "")
 
 
 def _counts(query: Tensor, key: Tensor, memory_lengths: State, mask: State, causal: bool) -> State:
@@ -84,6 +98,8 @@ def reference(
     *,
     causal: bool = False,
     scale: float | None = None,
+    dropout_p: float = 0.0,
+    seed: State = None,
 ) -> tuple[Tensor, Tensor]:
     """(output, weights) in plain PyTorch. The truth that backends are held to."""
     scale = query.shape[-1] ** -0.5 if scale is None else scale
@@ -102,17 +118,64 @@ def reference(
     weights = torch.softmax(scores.masked_fill(none, 0), dim=-1).masked_fill(none, 0)
     if counts is not None:
         weights = weights.masked_fill(~counts, 0)
+    if dropout_p > 0 and seed is not None:
+        weights = weights * dropout_factors(seed, weights, dropout_p)
     return weights @ value, weights
 
 
 def _laid_out(output: Tensor) -> Tensor:
-    """The output in the layout of the op: heads side by side in the features."""
+    """An output or a gradient in the layout of the op: heads side by side in the features."""
     return output.transpose(1, 2).contiguous().transpose(1, 2)
 
 
-def _reference(call: AttentionCall, *tensors: Any) -> tuple[Tensor, Tensor]:
-    output, weights = reference(*tensors, causal=call.causal, scale=call.scale)
-    return _laid_out(output), weights if call.need_weights else output.new_empty(0)
+def _reference(call: AttentionCall, *tensors: Any) -> tuple[Tensor, ...]:
+    query, key, value, bias, memory_lengths, mask, seed = tensors
+    output, weights = reference(
+        query,
+        key,
+        value,
+        memory_lengths,
+        mask,
+        bias,
+        causal=call.causal,
+        scale=call.scale,
+        dropout_p=call.dropout_p,
+        seed=seed,
+    )
+    if not call.need_weights:
+        return _laid_out(output), output.new_empty(0)
+    return _laid_out(output), weights.mean(1) if call.average_weights else weights.contiguous()
+
+
+def _fake(call: AttentionCall, *tensors: Any) -> tuple[Tensor, ...]:
+    query, key, value = tensors[:3]
+    B, H, Tq, _ = query.shape
+    shape: tuple[int, ...] = (0,)
+    if call.need_weights:
+        S = key.shape[2]
+        shape = (B, Tq, S) if call.average_weights else (B, H, Tq, S)
+    output = query.new_empty((B, Tq, H, value.shape[3])).transpose(1, 2)
+    return output, query.new_empty(shape)
+
+
+OP = TensorOp(
+    "attention",
+    tensors="Tensor query, Tensor key, Tensor value, Tensor? bias, Tensor? memory_lengths, "
+    "Tensor? mask, Tensor? seed",
+    differentiable=4,
+    flags="bool causal, float scale, float dropout_p, bool average_weights, bool need_weights",
+    results="Tensor output, Tensor weights",
+    saved="",
+    make_call=_call,
+    reference=_reference,
+    fake=_fake,
+    layout=_laid_out,
+)
+OP.register(_library)
+
+
+def _recompute(call: AttentionCall, grads: Any, tensors: Any, kept: Any) -> list[State]:
+    return OP.recompute(call, grads, tensors)
 
 
 def _torch(
@@ -120,9 +183,10 @@ def _torch(
     query: Tensor,
     key: Tensor,
     value: Tensor,
+    bias: State,
     memory_lengths: State,
     mask: State,
-    bias: State,
+    seed: State,
 ) -> tuple[Tensor, Tensor]:
     """torch's own fused attention."""
     # torch's kernel takes causal or a mask, not both.
@@ -136,18 +200,56 @@ def _torch(
         key,
         value,
         attn_mask=both,
+        dropout_p=call.dropout_p,
         is_causal=call.causal and not masked,
         scale=call.scale,
         enable_gqa=query.shape[1] != key.shape[1],
     )
     if both is not None:  # rows without a key
-        some = (both if bias is None else both != -torch.inf).any(-1, keepdim=True)
+        some = (both if both.dtype == torch.bool else both != -torch.inf).any(-1, keepdim=True)
         output = torch.where(some, output, 0)
     return _laid_out(output), output.new_empty(0)
 
 
 def _torch_why_not(call: AttentionCall) -> list[str]:
-    return ["torch's kernel does not return the weights"] if call.need_weights else []
+    reasons = ["torch's kernel does not return the weights"] if call.need_weights else []
+    if call.training and call.dropout_p > 0:
+        reasons.append("torch's kernel draws its own numbers for dropout, others in backward")
+    return reasons
+
+
+def _torch_backward(call: AttentionCall, grads: Any, tensors: Any, kept: Any) -> list[State]:
+    return recompute(lambda *own: _torch(call, *own, *tensors[4:])[:1], grads[:1], tensors[:4])
+
+
+class _Recorded(torch.autograd.Function):
+    """torch's kernel under autograd, whose own backward cannot be differentiated: where that is
+    asked for, the reference is.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, call: AttentionCall, *tensors: Any) -> Tensor:
+        ctx.call = call
+        ctx.save_for_backward(*tensors)
+        with torch.enable_grad():
+            ctx.own = [None if t is None else t.detach().requires_grad_() for t in tensors[:4]]
+            ctx.output, _ = _torch(call, *ctx.own, *tensors[4:])
+        output: Tensor = ctx.output.detach()
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        saved = ctx.saved_tensors
+        own, output = ctx.own, ctx.output
+        if torch.is_grad_enabled():
+            own = [None if t is None else t.view_as(t) for t in saved[:4]]
+            output = _reference(ctx.call, *own, *saved[4:])[0]
+        wanted = [t for t in own if t is not None]
+        found = torch.autograd.grad(
+            output, wanted, grad, retain_graph=True, create_graph=torch.is_grad_enabled()
+        )
+        grads = iter(found)
+        return None, *(None if t is None else next(grads) for t in own), None, None, None
 
 
 def _cpu(
@@ -155,52 +257,54 @@ def _cpu(
     query: Tensor,
     key: Tensor,
     value: Tensor,
+    bias: State,
     memory_lengths: State,
     mask: State,
-    bias: State,
+    seed: State,
 ) -> tuple[Tensor, Tensor]:
     output, *weights = torch.ops.encdec_fast_cpu.attention_forward.default(
         with_rows(query),
         with_rows(key),
         with_rows(value),
+        bias,
         memory_lengths,
         mask,
-        bias,
+        seed,
         call.causal,
         call.scale,
+        call.dropout_p,
+        call.average_weights,
         call.need_weights,
     )
     return output, weights[0].to(call.dtype) if weights else output.new_empty(0)
 
 
-def _why_not(call: AttentionCall) -> list[str]:
-    return unfit(call) + (["a gradient is needed: it has none yet"] if call.training else [])
+def _cpu_backward(
+    call: AttentionCall, grads: Sequence[State], tensors: Sequence[Any], kept: Sequence[Tensor]
+) -> list[State]:
+    grad_output, grad_weights = grads
+    if grad_weights is not None:
+        grad_weights = grad_weights.float().contiguous() if call.need_weights else None
+    found = torch.ops.encdec_fast_cpu.attention_backward.default(
+        None if grad_output is None else with_rows(grad_output),
+        grad_weights,
+        *map(with_rows, tensors[:3]),
+        *tensors[3:],
+        call.causal,
+        call.scale,
+        call.dropout_p,
+        call.average_weights,
+        tensors[3] is not None,
+    )
+    return [*found[:3], found[3].to(call.dtype) if len(found) > 3 else None]
 
 
 BACKENDS = (
-    Backend("cpu", _cpu, _why_not),
-    Backend("torch", _torch, _torch_why_not),
-    Backend("reference", _reference, lambda call: []),
+    Backend("cpu", _cpu, unfit, backward=_cpu_backward),
+    Backend("torch", _torch, _torch_why_not, backward=_torch_backward),
+    Backend("reference", _reference, lambda call: [], backward=_recompute),
 )
-
-
-def _run(*args: Any) -> tuple[Tensor, Tensor]:
-    tensors, (causal, scale, need_weights) = args[:6], args[6:]
-    query = tensors[0]
-    call = AttentionCall(query.dtype, query.device.type, False, causal, scale, need_weights, "")
-    result: tuple[Tensor, Tensor] = select(BACKENDS, call).run(call, *tensors)
-    return result
-
-
-def _fake(query: Tensor, key: Tensor, value: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
-    shape = (*query.shape[:3], key.shape[2]) if rest[-1] else (0,)
-    B, H, Tq, _ = query.shape
-    output = query.new_empty((B, Tq, H, value.shape[3])).transpose(1, 2)
-    return output, query.new_empty(shape)
-
-
-_library.impl("attention", _run, "CompositeExplicitAutograd")
-torch.library.register_fake("encdec_fast::attention", _fake, lib=_library)
+OP.backends = BACKENDS
 
 
 def _prepare(
@@ -213,8 +317,10 @@ def _prepare(
     bias: State = None,
     causal: bool = False,
     scale: float | None = None,
+    dropout_p: float = 0.0,
     need_weights: bool = False,
-) -> tuple[AttentionCall, tuple[Any, ...]]:
+    average_weights: bool = False,
+) -> tuple[AttentionCall, list[Any]]:
     """The metadata and the tensors of a call of the public function."""
     if autocasting(query.device.type):
         dtype = torch.get_autocast_dtype(query.device.type)
@@ -227,14 +333,17 @@ def _prepare(
     if context not in GRAPHS:
         checks.length_values(lengths, key.shape[2])
     scale = float(query.shape[-1] ** -0.5 if scale is None else scale)
+    seed = drawn_seed(query.device) if checks.probability(dropout_p) > 0 else None
     device, training = query.device.type, needs_gradient([query, *given])
-    call = AttentionCall(query.dtype, device, training, causal, scale, need_weights, context)
-    return call, (query, key, value, lengths, mask, bias)
+    flags = (causal, scale, float(dropout_p), average_weights and need_weights, need_weights)
+    call = AttentionCall(query.dtype, device, training, *flags, context)
+    return call, [query, key, value, bias, lengths, mask, seed]
 
 
 def describe(*args: Any, **options: Any) -> Description:
     """What `explain` asks of the public function; the arguments are the function's own."""
-    call, (query, key, value, *_) = _prepare(*args, **options)
+    call, tensors = _prepare(*args, **options)
+    query, key, value = (tensor for tensor in tensors[:3] if tensor is not None)
     B, H, Tq, D = query.shape
     sizes = f"B={B} H={H} G={key.shape[1]} Tq={Tq} S={key.shape[2]} D={D} V={value.shape[3]}"
     sizes += f" {call.dtype} {call.device}" + (" training" if call.training else " inference")
@@ -252,13 +361,17 @@ def attention(
     bias: Tensor | None = None,
     causal: bool = False,
     scale: float | None = None,
+    dropout_p: float = 0.0,
     need_weights: bool = False,
+    average_weights: bool = False,
 ) -> Any:
     """Scaled dot-product attention; shapes and masks are in this file's docstring.
 
-    Returns the output (B, H, Tq, V), and with need_weights (output, weights). RuntimeError for
-    tensors whose sizes, dtypes or devices do not fit, and for lengths below 0 or above S. Where a
-    gradient is needed it runs on torch's own kernel, or with need_weights in plain PyTorch.
+    dropout_p: the probability with which a weight is dropped, in training and in inference alike.
+    average_weights: the weights are their mean over the heads.
+    Returns the output (B, H, Tq, V), and with need_weights (output, weights), the weights after
+    dropout. RuntimeError for tensors whose sizes, dtypes or devices do not fit, and for lengths
+    below 0 or above S; ValueError for a probability outside of [0, 1].
     """
     call, tensors = _prepare(
         query,
@@ -269,13 +382,14 @@ def attention(
         bias=bias,
         causal=causal,
         scale=scale,
+        dropout_p=dropout_p,
         need_weights=need_weights,
+        average_weights=average_weights,
     )
-    if call.context in GRAPHS and not call.training:
-        op = torch.ops.encdec_fast.attention
-        output, weights = op(*tensors, causal, call.scale, need_weights)
-    elif call.context in GRAPHS:
-        output, weights = (_reference if need_weights else _torch)(call, *tensors)
-    else:
-        output, weights = select(BACKENDS, call).run(call, *tensors)
+    plain = call._replace(training=False)
+    if call.training and not call.context and select(BACKENDS, plain).name == "torch":
+        # With dropout torch runs plain operations, which autograd knows by itself.
+        return _torch(call, *tensors)[0] if dropout_p > 0 else _Recorded.apply(call, *tensors)
+    flags = (causal, call.scale, call.dropout_p, call.average_weights, need_weights)
+    output, weights = OP.emit(call, tensors, flags)
     return (output, weights) if need_weights else output

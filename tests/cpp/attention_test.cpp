@@ -3,6 +3,7 @@
 // are held to sums in double.
 #include "attention/attention.h"
 
+#include <algorithm>
 #include <cmath>
 #include <limits>
 #include <vector>
@@ -90,6 +91,102 @@ void test_attention(const AttentionKernels& kernels, int64_t Tq, int64_t S, int6
     }
   }
   CHECK_NEAR(worst, 0.0, 1e-5);
+}
+
+// Gradients against differences of the forward in double: two query heads over one key head, a
+// bias for each head, and dropout, whose zeros are read off the weights that forward shows.
+void test_attention_backward(const AttentionKernels& kernels, int64_t Tq, int64_t S, int64_t D,
+                             int64_t V, bool causal, double dropout, int threads) {
+  const int64_t B = 2, H = 2;
+  std::vector<float> q = random_floats(B * H * Tq * D), k = random_floats(B * S * D),
+                     v = random_floats(B * S * V), bias = random_floats(H * Tq * S),
+                     grad = random_floats(B * H * Tq * V), grad_w = random_floats(B * H * Tq * S),
+                     out(grad.size()), w(grad_w.size()), gq(q.size()), gk(k.size()), gv(v.size()),
+                     gbias(bias.size());
+  const std::vector<int64_t> lengths{S, S / 2};
+  AttentionBackward back{};
+  Attention& f = back.forward;
+  f.B = B;
+  f.H = H;
+  f.G = 1;
+  f.Tq = Tq;
+  f.S = S;
+  f.D = D;
+  f.V = V;
+  f.dtype = Format::kFloat32;
+  f.query = {chars(q), H * Tq * D * 4, Tq * D * 4, D * 4};
+  f.key = {chars(k), S * D * 4, 0, D * 4};
+  f.value = {chars(v), S * V * 4, 0, V * 4};
+  f.output = {chars(out), H * Tq * V * 4, Tq * V * 4, V * 4};
+  f.scale = 0.7f;
+  f.causal = causal;
+  f.lengths = lengths.data();
+  f.bias = {chars(bias), 0, Tq * S * 4, S * 4, 4};
+  f.dropout = dropout;
+  f.seed = 0x123456789abcdefull;
+  f.weights = w.data();
+  plan(f, threads);
+  Lines workspace(kernels.workspace(f));
+  f.workspace = workspace.data;
+  kernels.run(f);
+  const auto loss = [&](double step, const float* at) {  // sum of grad * results, *at moved
+    const auto value = [&](const std::vector<float>& x, int64_t i) {
+      const float* p = &x[static_cast<size_t>(i)];
+      return double(*p) + (p == at ? step : 0.0);
+    };
+    double total = 0.0;
+    for (int64_t row = 0; row < B * H * Tq; ++row) {
+      const int64_t b = row / (H * Tq), h = row / Tq % H, t = row % Tq;
+      const int64_t n = std::min(lengths[static_cast<size_t>(b)], causal ? t + 1 : S);
+      if (n == 0) continue;
+      std::vector<double> e;
+      for (int64_t s = 0; s < n; ++s) {
+        double sum = 0.0;
+        for (int64_t d = 0; d < D; ++d)
+          sum += value(q, row * D + d) * value(k, (b * S + s) * D + d);
+        e.push_back(0.7 * sum + value(bias, (h * Tq + t) * S + s));
+      }
+      const std::vector<double> p = softmax(e);
+      for (int64_t s = 0; s < n; ++s) {
+        const int64_t i = row * S + s;
+        const double kept = w[static_cast<size_t>(i)] == 0.0f ? 0.0 : 1.0 / (1.0 - dropout);
+        double sum = double(grad_w[static_cast<size_t>(i)]);
+        for (int64_t c = 0; c < V; ++c)
+          sum += double(grad[static_cast<size_t>(row * V + c)]) * value(v, (b * S + s) * V + c);
+        total += kept * p[static_cast<size_t>(s)] * sum;
+      }
+    }
+    return total;
+  };
+  double found = 0.0;
+  for (size_t i = 0; i < out.size(); ++i) found += double(grad[i]) * double(out[i]);
+  for (size_t i = 0; i < w.size(); ++i) found += double(grad_w[i]) * double(w[i]);
+  CHECK_NEAR(found, loss(0.0, nullptr), 1e-4);
+
+  back.grad_output = {chars(grad), H * Tq * V * 4, Tq * V * 4, V * 4};
+  back.grad_weights = grad_w.data();
+  back.grad_query = {chars(gq), H * Tq * D * 4, Tq * D * 4, D * 4};
+  back.grad_key = {chars(gk), S * D * 4, 0, D * 4};
+  back.grad_value = {chars(gv), S * V * 4, 0, V * 4};
+  back.grad_bias = gbias.data();
+  back.grad_bias_size = H * Tq * S;
+  back.bias_head = Tq * S;
+  back.bias_row = S;
+  back.bias_key = 1;
+  plan_backward(f, threads);
+  Lines again(kernels.backward_workspace(back));
+  back.workspace = again.data;
+  kernels.backward(back);
+  const auto compare = [&](const std::vector<float>& x, const std::vector<float>& gradient) {
+    for (size_t i = 0; i < x.size(); i += 1 + x.size() / 7) {
+      const double slope = (loss(1e-4, &x[i]) - loss(-1e-4, &x[i])) / 2e-4;
+      CHECK_NEAR(double(gradient[i]), slope, 1e-4);
+    }
+  };
+  compare(q, gq);
+  compare(k, gk);
+  compare(v, gv);
+  compare(bias, gbias);
 }
 
 // Forward, and gradients against differences of the forward in double.
@@ -181,6 +278,9 @@ void run_tests() {
         test_attention(attention_kernels(isa), Tq, 70, 33, 40, threads);
         test_attention(attention_kernels(isa), Tq, 48, 32, 64, threads);
       }
+      test_attention_backward(attention_kernels(isa), 1, 9, 7, 5, false, 0.0, threads);
+      test_attention_backward(attention_kernels(isa), 6, 41, 33, 40, true, 0.3, threads);
+      test_attention_backward(attention_kernels(isa), 33, 70, 16, 20, false, 0.3, threads);
       test_additive(additive_kernels(isa), 1, 9, 7, 5, threads);
       test_additive(additive_kernels(isa), 6, 21, 33, 40, threads);
       test_additive(additive_kernels(isa), 3, 16, 16, 64, threads);

@@ -1,0 +1,245 @@
+// Attention, a tile of queries of one head at a time: all its scores, softmax, the weighted values.
+//
+// A tile's scores for all keys stay in the member's own caches (rows * S floats), so that softmax
+// is exact, weights cost only their writing, and nothing of size (Tq, S) is held. With many queries
+// keys and values are packed once per head for the matrix product, some heads at a time; with few
+// they are read as they lie.
+#pragma once
+
+#include "attention/attention_scores.h"
+#include "attention/units.h"
+#include "core/team.h"
+
+namespace encdec::attention {
+namespace ENCDEC_ISA_NAMESPACE {
+
+struct AttentionPlaces {
+  int64_t head_keys, head_bytes;  // of a packed head: its values; all of it
+  int64_t member, member_bytes;
+  // Of a member: staged queries, float scores, weights staged where the product takes no floats,
+  // and without packing some keys as floats.
+  int64_t q, scores, p, keys;
+  int64_t inverse;                   // float: one over each row's sum
+  int64_t q_row, scores_row, p_row;  // bytes
+  int64_t bytes;
+};
+
+template <Format format>
+inline AttentionPlaces attention_places(const Attention& f) {
+  AttentionPlaces p{};
+  const int64_t keys = round_up(f.S, kPanelColumns);
+  p.head_keys = panels_bytes(format, f.D, f.S);
+  p.head_bytes = p.head_keys + panels_bytes(format, keys, f.V);
+  p.member = f.packed ? f.round_heads * p.head_bytes : 0;
+  p.q_row = staged_row_bytes(f.packed ? format : Format::kFloat32, f.D);
+  p.scores_row = staged_row_bytes(Format::kFloat32, keys);
+  p.p_row = staged_row_bytes(format, keys);
+  Layout member;
+  const int64_t rows = round_up(f.query_rows, kTileQueries);
+  p.q = member.take(rows * p.q_row);
+  p.scores = member.take(rows * p.scores_row);
+  p.p = member.take(f.packed && kStaged<format> ? rows * p.p_row : 0);
+  p.inverse = member.take(rows * 4);
+  p.keys = member.take(f.packed ? 0 : kLanes * p.q_row);
+  p.member_bytes = member.end();
+  p.bytes = p.member + f.threads * p.member_bytes;
+  return p;
+}
+
+template <Format format>
+class AttentionRun : private Scores {
+ public:
+  AttentionRun(const Attention& call, int rank)
+      : Scores(call),
+        call_(call),
+        places_(attention_places<format>(call)),
+        own_(call.workspace + places_.member + rank * places_.member_bytes),
+        esize_(element_bytes(call.dtype)) {}
+
+  // Keys and values of a head into place `slot`; only the keys that count are read.
+  void pack(int64_t b, int64_t g, int64_t slot) const {
+    const int64_t n = call_.keys_of(b);
+    keys(slot).pack_as_columns(call_.key.at(b, g, 0), call_.dtype, call_.key.row_stride, n,
+                               call_.D);
+    values(slot).pack_as_rows(call_.value.at(b, g, 0), call_.dtype, call_.value.row_stride, n,
+                              call_.V);
+  }
+
+  void run(const QueryTile& t, int64_t slot) { call_.packed ? run_packed(t, slot) : run_direct(t); }
+
+ private:
+  PackedRows<format> keys(int64_t slot) const {
+    return {call_.workspace + slot * places_.head_bytes, call_.D, call_.S};
+  }
+  PackedRows<format> values(int64_t slot) const {
+    return {call_.workspace + slot * places_.head_bytes + places_.head_keys,
+            round_up(call_.S, kPanelColumns), call_.V};
+  }
+
+  void run_packed(const QueryTile& t, int64_t slot) {
+    const int64_t n = keys_seen(t);
+    for (int64_t r = 0; r < t.rows; ++r) {
+      stage_row<format>(row_of(call_.query, t, r), call_.dtype, call_.D,
+                        own_ + places_.q + r * places_.q_row);
+    }
+    keys(slot).multiply_into({own_ + places_.q, places_.q_row}, t.rows, call_.D, n, scores(0),
+                             places_.scores_row / 4);
+    for (int64_t r = 0; r < t.rows; ++r) finish_row(t, r, n);
+    RowsView weights{reinterpret_cast<const char*>(scores(0)), places_.scores_row};
+    if constexpr (kStaged<format>) {
+      weights = {own_ + places_.p, places_.p_row};
+      for (int64_t r = 0; r < t.rows; ++r) {
+        stage_row<format>(reinterpret_cast<const char*>(scores(r)), Format::kFloat32, n,
+                          own_ + places_.p + r * places_.p_row);
+      }
+    }
+    values(slot).multiply(
+        weights, t.rows, n, [&](int64_t p, int64_t row, int count, const float* tile) {
+          for (int64_t r = row; r < row + count; ++r, tile += kPanelColumns) {
+            for (int v = 0; v < kPanelVectors; ++v) {
+              const int64_t column = p * kPanelColumns + v * kLanes;
+              if (column >= call_.V) break;
+              put(t, r, column, load(tile + v * kLanes), lanes_left(column, call_.V));
+            }
+          }
+        });
+  }
+
+  void run_direct(const QueryTile& t) {
+    const int64_t n = keys_seen(t), stride = places_.q_row / 4, size = round_up(call_.D, kLanes);
+    float* const q = reinterpret_cast<float*>(own_ + places_.q);
+    float* const k = reinterpret_cast<float*>(own_ + places_.keys);
+    const int64_t whole = round_up(t.rows, kTileQueries);
+    for (int64_t r = 0; r < whole; ++r)
+      float_row(r < t.rows ? row_of(call_.query, t, r) : nullptr, call_.dtype, call_.D,
+                q + r * stride);
+    for (int64_t s = 0; s < n; s += kLanes) {
+      const int64_t count = n - s < kLanes ? n - s : kLanes;
+      const auto sums = [&](const auto& key_at) {
+        all_sums(q, stride, t.rows, count, size, scores(0) + s, places_.scores_row / 4, key_at,
+                 [](Float sum, Float x, Float y, int64_t)
+                     __attribute__((always_inline)) { return fma(x, y, sum); });
+      };
+      if (call_.D % kLanes == 0 && count == kLanes) {  // whole vectors, read as they lie
+        const char* const first = call_.key.at(t.b, t.g, s);
+        const int64_t row = call_.key.row_stride;
+        with_dtype(call_.dtype, [&](auto dtype) {
+          constexpr Format d = decltype(dtype)::value;
+          sums([&](int64_t j, int64_t a) __attribute__((always_inline)) {
+            return load_as(d, first + j * row + a * element_bytes(d));
+          });
+        });
+        continue;
+      }
+      for (int64_t i = 0; i < kLanes; ++i) {
+        float_row(i < count ? call_.key.at(t.b, t.g, s + i) : nullptr, call_.dtype, call_.D,
+                  k + i * stride);
+      }
+      sums(FloatKeys{k, stride});
+    }
+    for (int64_t r = 0; r < t.rows; ++r) finish_row(t, r, n);
+    const auto run = [&](auto constant) {
+      weigh<decltype(constant)::value>(
+          t.rows, scores(0), places_.scores_row / 4, 1, n, call_.value.at(t.b, t.g, 0),
+          call_.value.row_stride, call_.V,
+          [&](int64_t r, int64_t column, Float sum, int lanes) { put(t, r, column, sum, lanes); });
+    };
+    with_dtype(call_.dtype, run);
+  }
+
+  float* scores(int64_t row) const {
+    return reinterpret_cast<float*>(own_ + places_.scores + row * places_.scores_row);
+  }
+  float* inverse() const { return reinterpret_cast<float*>(own_ + places_.inverse); }
+
+  void put(const QueryTile& t, int64_t r, int64_t column, Float sum, int lanes) const {
+    store_as(call_.dtype, call_.output.at(t.b, head_of(t, r), query_of(t, r)) + column * esize_,
+             mul(sum, set1(inverse()[r])), lanes);
+  }
+
+  // Scores become weights but for a factor, which inverse() receives; the weights are shown.
+  void finish_row(const QueryTile& t, int64_t r, int64_t n) const {
+    float* const row = scores(r);
+    inverse()[r] = soften(t, r, row, n);
+    if (drops()) drop(t, r, row, n);
+    if (call_.weights) show(row, n, inverse()[r], t, r);
+  }
+
+  void show(const float* row, int64_t n, float factor, const QueryTile& t, int64_t r) const {
+    float* const to = call_.weights + weights_row(t, r);
+    if (!call_.average || head_of(t, r) == 0) {
+      const float by = call_.average ? factor / static_cast<float>(call_.H) : factor;
+      const int64_t vectors = n / kLanes * kLanes;
+      scale_row(row, vectors, by, to);
+      for (int64_t s = vectors; s < n; ++s) to[s] = row[s] * by;
+      std::memset(to + n, 0, static_cast<size_t>((call_.S - n) * 4));
+      return;
+    }
+    const Float by = set1(factor / static_cast<float>(call_.H));  // heads follow one another
+    for (int64_t s = 0; s < n; s += kLanes) {
+      const int lanes = lanes_left(s, n);
+      const Float sum = fma(by, load(row + s), load_as(Format::kFloat32, at_float(to + s), lanes));
+      store_as(Format::kFloat32, at_float(to + s), sum, lanes);
+    }
+  }
+  static char* at_float(float* p) { return reinterpret_cast<char*>(p); }
+
+  const Attention& call_;
+  const AttentionPlaces places_;
+  char* const own_;
+  const int esize_;
+};
+
+// Units of a sentence: some rows of a key head's group of query heads, or, where the weights'
+// mean over heads is wanted, some queries, all heads of which one member takes in turn.
+template <Format format>
+inline void run_unit(const Attention& f, AttentionRun<format>& own, int64_t pair, int64_t i,
+                     int64_t slot) {
+  const int64_t b = pair / f.G, queries = f.queries_of(b), group = f.H / f.G;
+  const int64_t rows = f.average ? queries : queries * group;
+  const int64_t tiles = (rows + f.query_rows - 1) / f.query_rows;
+  if (i >= tiles) return;  // a shorter sentence
+  const int64_t first = rows * i / tiles, count = rows * (i + 1) / tiles - first;
+  if (!f.average) return own.run({b, pair % f.G, first, count, queries}, slot);
+  for (int64_t h = 0; h < f.H; ++h) {
+    own.run({b, h / group, h % group * queries + first, count, queries}, slot + h / group);
+  }
+}
+
+// All of it, by the members of a team. Heads are packed some at a time, in rounds.
+template <Format format>
+inline void run_attention(const Attention& f) {
+  const int64_t heads = f.B * f.G;
+  const int64_t rows = f.average ? f.Tq : f.Tq * (f.H / f.G);
+  const int64_t tiles = (rows + f.query_rows - 1) / f.query_rows;
+  const int64_t rounds = (heads + f.round_heads - 1) / f.round_heads;
+  const int64_t step = f.average ? f.G : 1;  // pairs that a unit takes
+  Units packing, work;
+  Barrier barrier;
+  auto body = [&](int rank, int size) {
+    AttentionRun<format> own(f, rank);
+    for (int64_t round = 0; round < rounds; ++round) {
+      const int64_t begin = round * f.round_heads;
+      const int64_t count = heads - begin < f.round_heads ? heads - begin : f.round_heads;
+      if (f.packed) {
+        for (int64_t u = packing.take(count); u >= 0; u = packing.take(count)) {
+          own.pack((begin + u) / f.G, (begin + u) % f.G, u);
+        }
+        barrier.wait(size);
+        if (rank == 0) packing.reset();
+      }
+      const int64_t units = count / step * tiles;
+      for (int64_t u = work.take(units); u >= 0; u = work.take(units)) {
+        const int64_t slot = u / tiles * step;
+        run_unit(f, own, begin + slot, u % tiles, slot);
+      }
+      if (round + 1 == rounds) break;
+      barrier.wait(size);
+      if (rank == 0) work.reset();
+    }
+  };
+  run_team(f.threads, body);
+}
+
+}  // namespace ENCDEC_ISA_NAMESPACE
+}  // namespace encdec::attention

@@ -1,0 +1,234 @@
+// What attention's forward and backward share: tiles of queries, packed heads, and the way from a
+// tile's scores to its weights (scale, bias, masks, softmax, dropout).
+#pragma once
+
+#include "attention/attention.h"
+#include "attention/tiles.h"
+#include "core/gemm.h"
+#include "core/random.h"
+
+namespace encdec::attention {
+namespace ENCDEC_ISA_NAMESPACE {
+
+constexpr int kPanelVectors = 2;
+constexpr int64_t kPanelColumns = kPanelVectors * kLanes;
+
+constexpr int64_t panel_count(int64_t columns) {
+  return (columns + kPanelColumns - 1) / kPanelColumns;
+}
+constexpr int64_t panels_bytes(Format format, int64_t k, int64_t columns) {
+  return panel_count(columns) * packed_panel_bytes(format, k, kPanelVectors);
+}
+
+// Whether weights must be staged for the product: float rows are what it reads.
+template <Format format>
+constexpr bool kStaged = format == Format::kBfloat16;
+
+// Places of a workspace, one behind the other, each at a cache line.
+class Layout {
+ public:
+  int64_t take(int64_t bytes) {
+    const int64_t here = end_;
+    end_ += round_up(bytes, 64);
+    return here;
+  }
+  int64_t end() const { return end_; }
+
+ private:
+  int64_t end_ = 0;
+};
+
+// A matrix for the right side of a product, `size` numbers in each of its rows. It has room for
+// `most` of k, so that every panel starts at a fixed place.
+template <Format format>
+class PackedRows {
+ public:
+  PackedRows(char* data, int64_t most, int64_t columns)
+      : data_(data),
+        panel_bytes_(packed_panel_bytes(format, most, kPanelVectors)),
+        panels_(panel_count(columns)) {}
+
+  // Rows become columns: k runs along a row. `rows` of them are read.
+  void pack_as_columns(const char* first, Format dtype, int64_t stride, int64_t rows,
+                       int64_t size) {
+    panels_ = panel_count(rows);
+    k_ = size;
+    pack(rows, [&](int64_t column, int lanes) {
+      return ColumnSource{first + column * stride, dtype, stride / element_bytes(dtype), 1, lanes};
+    });
+  }
+  // Rows stay rows: k runs over them.
+  void pack_as_rows(const char* first, Format dtype, int64_t stride, int64_t rows, int64_t size) {
+    panels_ = panel_count(size);
+    k_ = rows;
+    pack(size, [&](int64_t column, int lanes) {
+      return ColumnSource{first + column * element_bytes(dtype), dtype, 1,
+                          stride / element_bytes(dtype), lanes};
+    });
+  }
+
+  // The product of `rows` rows with the first `k` of the packed ones; put(panel, row, n, tile)
+  // receives n rows of a panel, kPanelColumns floats each.
+  template <class Put>
+  void multiply(RowsView x, int64_t rows, int64_t k, const Put& put) const {
+    alignas(64) float tile[kRows * kPanelColumns];
+    each(x, rows, k, [&](const PackedView& w, int64_t p, int64_t row, int n, RowsView own) {
+      multiply_rows<format, kPanelVectors>(n, w, p, own, tile, kPanelColumns);
+      put(p, row, n, tile);
+    });
+  }
+  // The same into rows of floats: columns [0, whole panels over `columns`).
+  void multiply_into(RowsView x, int64_t rows, int64_t k, int64_t columns, float* out,
+                     int64_t out_stride, bool onto = false) const {
+    each(
+        x, rows, k,
+        [&](const PackedView& w, int64_t p, int64_t row, int n, RowsView own) {
+          multiply_rows<format, kPanelVectors>(
+              n, w, p, own, out + row * out_stride + p * kPanelColumns, out_stride, onto);
+        },
+        panel_count(columns));
+  }
+
+ private:
+  static constexpr int kRows = max_tile_rows(kPanelVectors);
+
+  template <class Source>
+  void pack(int64_t columns, const Source& source) {
+    constexpr int64_t kVector = kLanes * weight_group_bytes(format);
+    for (int64_t i = 0; i < panels_ * kPanelVectors; ++i) {
+      const int64_t first = i * kLanes;
+      char* const to = data_ + i / kPanelVectors * panel_bytes_ + i % kPanelVectors * kVector;
+      pack_columns<format>(source(first, first < columns ? lanes_left(first, columns) : 0), k_, to,
+                           kPanelVectors * kVector, nullptr, nullptr);
+    }
+  }
+  template <class Run>
+  void each(RowsView x, int64_t rows, int64_t k, const Run& run, int64_t panels = -1) const {
+    PackedView w;
+    w.data = data_;
+    w.groups = round_up(k, group_size(format)) / group_size(format);
+    w.panel_bytes = panel_bytes_;
+    const RowTiles tiles(rows, kRows);
+    for (int64_t p = 0; p < (panels < 0 ? panels_ : panels); ++p) {
+      for (int64_t i = 0; i < tiles.count; ++i) {
+        const int64_t row = tiles.begin(i);
+        run(w, p, row, static_cast<int>(tiles.begin(i + 1) - row), x.from(row));
+      }
+    }
+  }
+
+  char* data_;
+  int64_t panel_bytes_, panels_, k_ = 0;
+};
+
+// Some rows of queries that share their keys: consecutive ones of one head, or of all the heads of
+// a group, head by head.
+struct QueryTile {
+  int64_t b, g;         // sentence and key head
+  int64_t first, rows;  // among the group's heads * queries rows
+  int64_t queries;      // of the sentence
+};
+
+// From a tile's scores to its weights.
+class Scores {
+ public:
+  explicit Scores(const Attention& call)
+      : call_(call), esize_(element_bytes(call.dtype)), dropout_{call.seed, 0, 0.0f} {
+    if (call.dropout > 0.0) {
+      const bool all = call.dropout >= 1.0;
+      dropout_.least = all ? 0xffffffffu : static_cast<uint32_t>(call.dropout * 4294967296.0);
+      dropout_.scale = all ? 0.0f : static_cast<float>(1.0 / (1.0 - call.dropout));
+    }
+  }
+
+  int64_t head_of(const QueryTile& t, int64_t r) const {
+    return t.g * (call_.H / call_.G) + (t.first + r) / t.queries;
+  }
+  int64_t query_of(const QueryTile& t, int64_t r) const { return (t.first + r) % t.queries; }
+  const char* row_of(const Heads& x, const QueryTile& t, int64_t r) const {
+    return x.at(t.b, head_of(t, r), query_of(t, r));
+  }
+
+  // The keys that some query of the tile sees.
+  int64_t keys_seen(const QueryTile& t) const {
+    const int64_t n = call_.keys_of(t.b);
+    if (!call_.causal) return n;
+    int64_t last = 0;
+    for (int64_t r = 0; r < t.rows; ++r) {
+      const int64_t own = query_of(t, r) + 1;
+      last = own > last ? own : last;
+    }
+    return last < n ? last : n;
+  }
+
+  // A row of n scores becomes weights but for a factor, which is returned: scale, bias, masks,
+  // softmax. Zeros follow up to whole panels. A row without any key has zeros.
+  float soften(const QueryTile& t, int64_t r, float* row, int64_t n) const {
+    const int64_t query = query_of(t, r);
+    const int64_t own = call_.causal && query + 1 < n ? query + 1 : n;
+    const bool adjusted = call_.bias.data || call_.mask.data;
+    const bool any = own > 0 && (!adjusted || adjust(row, t.b, head_of(t, r), query, own));
+    const float factor = any ? 1.0f / exp_row(row, own, adjusted ? 1.0f : call_.scale) : 0.0f;
+    const int64_t kept = any ? own : 0;
+    std::memset(row + kept, 0, static_cast<size_t>((round_up(n, kPanelColumns) - kept) * 4));
+    return factor;
+  }
+
+  bool drops() const { return dropout_.least > 0; }
+  void drop(const QueryTile& t, int64_t r, float* row, int64_t n) const {
+    drop_row(dropout_, (t.b * call_.H + head_of(t, r)) * call_.Tq + query_of(t, r), row, n);
+  }
+
+  // Where the weights of a row lie that are shown, or their gradient.
+  int64_t weights_row(const QueryTile& t, int64_t r) const {
+    const int64_t query = query_of(t, r);
+    if (call_.average) return (t.b * call_.Tq + query) * call_.S;
+    return ((t.b * call_.H + head_of(t, r)) * call_.Tq + query) * call_.S;
+  }
+
+ private:
+  // scale * score + bias, and -infinity where the mask is 0; whether anything is left.
+  bool adjust(float* row, int64_t b, int64_t h, int64_t query, int64_t n) const {
+    const Float nothing = set1(-std::numeric_limits<float>::infinity());
+    const char* bias = call_.bias.data ? call_.bias.at(b, h, query) : nullptr;
+    const char* mask = call_.mask.data ? call_.mask.at(b, h, query) : nullptr;
+    Float largest = nothing;
+    bool nan = false;
+    for (int64_t s = 0; s < n; s += kLanes) {
+      const int lanes = lanes_left(s, n);
+      Float x = mul(set1(call_.scale), load(row + s));
+      if (bias) x = add(x, bias_of(bias, s, lanes));
+      if (mask || lanes < kLanes) x = masked(mask, s, lanes, x, nothing);
+      store(row + s, x);
+      nan = nan || any_not_le(x, set1(std::numeric_limits<float>::infinity()));
+      largest = max(largest, x);
+    }
+    return nan || reduce_max(largest) > -std::numeric_limits<float>::infinity();
+  }
+
+  Float bias_of(const char* row, int64_t s, int lanes) const {
+    const int64_t stride = call_.bias.key_stride;
+    if (stride == esize_) return load_as(call_.dtype, row + s * esize_, lanes);
+    alignas(64) float own[kLanes] = {};
+    for (int l = 0; l < lanes; ++l) {
+      own[l] = reduce_add(load_as(call_.dtype, row + (s + l) * stride, 1));
+    }
+    return load(own);
+  }
+
+  // x where the mask is not 0 and the lane is one of `lanes`.
+  Float masked(const char* mask, int64_t s, int lanes, Float x, Float nothing) const {
+    const int64_t stride = call_.mask.key_stride;
+    if (mask && stride == 1 && lanes == kLanes) return where_bytes(mask + s, x, nothing);
+    char own[kLanes] = {};
+    for (int l = 0; l < lanes; ++l) own[l] = mask ? mask[(s + l) * stride] : 1;
+    return where_bytes(own, x, nothing);
+  }
+
+  const Attention& call_;
+  const int esize_;
+  Dropout dropout_;
+};
+
+}  // namespace ENCDEC_ISA_NAMESPACE
+}  // namespace encdec::attention
