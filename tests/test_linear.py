@@ -14,7 +14,7 @@ from torch.library import opcheck
 import encdec_fast
 from encdec_fast import explain, use_backend
 from encdec_fast.ops import linear
-from encdec_fast.ops.linear import reference
+from encdec_fast.ops.linear import reference, run
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 ALL_DTYPES = pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -223,6 +223,36 @@ def test_opcheck() -> None:
     names = ("input", "weight", "bias", "residual", "norm_weight", "norm_bias")
     arguments = (*(tensors[name] for name in names), "silu", "rms", 1e-5, "")
     opcheck(torch.ops.encdec_fast.linear, arguments)
+    few = {name: t[1:5] for name, t in tensors.items() if name in ("bias", "norm_weight")}
+    arguments = (tensors["input"], tensors["weight"], few["bias"], None, few["norm_weight"], None)
+    opcheck(torch.ops.encdec_fast.linear, (*arguments, "", "rms", 1e-5, "", [1, 5]))
+
+
+@pytest.mark.parametrize("weight_dtype", ["", "bfloat16", "int8"])
+def test_rows_of_a_weight(weight_dtype: str, backend: str) -> None:
+    """A product with some rows of a parameter, which are packed once."""
+    weight, bias, x = torch.randn(30, 8), torch.randn(13), torch.randn(5, 8)
+
+    def expected() -> Tensor:
+        return linear(x, weight[7:20].clone(), bias, weight_dtype=weight_dtype or None)
+
+    with torch.no_grad(), use_backend(backend):
+        for _ in range(2):
+            found = run(x, weight, bias, weight_dtype=weight_dtype, rows=(7, 20))
+            torch.testing.assert_close(found, expected())
+        weight[9] = 0
+        found = run(x, weight, bias, weight_dtype=weight_dtype, rows=(7, 20))
+        torch.testing.assert_close(found, expected())
+        assert torch.equal(found[:, 2], bias[2].expand(5))
+
+
+def test_gradients_of_rows() -> None:
+    weight = torch.randn(9, 4, requires_grad=True)
+    x = torch.randn(3, 4)
+    run(x, weight, None, rows=(2, 5)).sum().backward()
+    expected = torch.zeros(9, 4)
+    expected[2:5] = x.sum(0)
+    torch.testing.assert_close(weight.grad, expected)
 
 
 @pytest.mark.parametrize("grad", [False, True])

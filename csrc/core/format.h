@@ -29,6 +29,14 @@ constexpr int group_size(Format f) {
 // meet rows of floats.
 constexpr int weight_group_bytes(Format f) { return f == Format::kFloat16 ? 2 : 4; }
 
+// A weight as torch holds it: N rows of K contiguous numbers, row_stride numbers apart.
+struct Weight {
+  Format dtype;
+  const char* data;
+  int64_t row_stride;
+  int64_t N, K;
+};
+
 // Where the parts of a packed matrix lie in its block, in bytes; int8 has scale and start as well.
 struct MatrixPlace {
   int64_t data = 0, scale = 0, start = 0;

@@ -8,6 +8,7 @@
 
 #include "core/cpu_features.h"
 #include "core/format.h"
+#include "core/product_plan.h"
 
 namespace encdec::linear {
 
@@ -23,13 +24,6 @@ struct PackedHeader {
   Format format;
   int64_t N, K, bytes;
   MatrixPlace weight;
-};
-
-struct Weight {
-  Format dtype;
-  const char* data;
-  int64_t row_stride;  // elements
-  int64_t N, K;
 };
 
 struct Linear {
@@ -48,9 +42,7 @@ struct Linear {
   float norm_eps = 0.0f;
   char* output = nullptr;  // (M, N)
   int64_t output_stride = 0;
-  int threads = 1;
-  bool split_rows = false;  // each thread has rows of its own, else output features of its own
-  int64_t chunk_rows = 1;   // rows that are staged at a time
+  ProductPlan plan;
   char* workspace = nullptr;
 };
 

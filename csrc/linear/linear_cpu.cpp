@@ -5,21 +5,6 @@ namespace encdec::linear {
 namespace ENCDEC_ISA_NAMESPACE {
 namespace {
 
-// Calls visit with the format of the weights as a constant.
-template <class Visit>
-auto with_format(Format format, const Visit& visit) {
-  switch (format) {
-    case Format::kFloat32:
-      return visit(std::integral_constant<Format, Format::kFloat32>{});
-    case Format::kBfloat16:
-      return visit(std::integral_constant<Format, Format::kBfloat16>{});
-    case Format::kFloat16:
-      return visit(std::integral_constant<Format, Format::kFloat16>{});
-    default:
-      return visit(std::integral_constant<Format, Format::kInt8>{});
-  }
-}
-
 Format format_of(const Linear& f) {
   return reinterpret_cast<const PackedHeader*>(f.packed)->format;
 }

@@ -8,6 +8,7 @@
 
 #include "core/gemm.h"
 #include "core/math.h"
+#include "core/panels.h"
 #include "core/team.h"
 #include "linear/linear.h"
 
@@ -16,11 +17,6 @@ namespace ENCDEC_ISA_NAMESPACE {
 
 using namespace encdec::ENCDEC_ISA_NAMESPACE;
 
-constexpr int kVectors = 2;  // of a panel
-constexpr int kPanel = kVectors * kLanes;
-
-constexpr int64_t panels_of(int64_t N) { return (N + kPanel - 1) / kPanel; }
-
 inline PackedHeader layout(int64_t N, int64_t K, Format format) {
   PackedHeader h{};
   h.magic = PackedHeader::kMagic;
@@ -28,24 +24,15 @@ inline PackedHeader layout(int64_t N, int64_t K, Format format) {
   h.format = format;
   h.N = N;
   h.K = K;
-  h.weight =
-      place_matrix(round_up(sizeof(PackedHeader), 64), format, K, panels_of(N), kVectors, &h.bytes);
+  h.bytes = sizeof(PackedHeader);
+  h.weight = place_weight(format, N, K, &h.bytes);
   return h;
 }
 
 template <Format format>
 inline void pack(const Weight& w, int threads, char* packed) {
   const PackedHeader h = layout(w.N, w.K, format);
-  const int64_t vectors = panels_of(w.N) * kVectors;
-  auto body = [&](int rank, int size) {
-    pack_vectors<format, kVectors>(w.data, w.dtype, w.row_stride, w.K, packed, h.weight,
-                                   vectors * rank / size, vectors * (rank + 1) / size,
-                                   [&](int64_t i) {
-                                     const int64_t first = i * kLanes;
-                                     const int lanes = first < w.N ? lanes_left(first, w.N) : 0;
-                                     return ColumnRange{first, lanes};
-                                   });
-  };
+  auto body = [&](int rank, int size) { pack_weight<format>(w, rank, size, packed, h.weight); };
   run_team(threads, body);
   *reinterpret_cast<PackedHeader*>(packed) = h;
 }
@@ -62,12 +49,12 @@ template <Format format>
 inline Places places(const Linear& f) {
   Places p{};
   p.row = staged_row_bytes(format, f.K);
-  p.scales = round_up(f.chunk_rows * p.row, 64);
-  p.member_bytes = p.scales + round_up(f.chunk_rows * 4, 64);
-  p.results = p.member_bytes * f.threads;
+  p.scales = round_up(f.plan.chunk_rows * p.row, 64);
+  p.member_bytes = p.scales + round_up(f.plan.chunk_rows * 4, 64);
+  p.results = p.member_bytes * f.plan.threads;
   p.stride = staged_row_bytes(Format::kFloat32, panels_of(f.N) * kPanel) / 4;
-  const int64_t chunks = f.norm == Norm::kNone ? 0 : f.split_rows ? f.threads : 1;
-  p.bytes = p.results + chunks * f.chunk_rows * p.stride * 4;
+  const int64_t chunks = f.norm == Norm::kNone ? 0 : f.plan.split_rows ? f.plan.threads : 1;
+  p.bytes = p.results + chunks * f.plan.chunk_rows * p.stride * 4;
   return p;
 }
 
@@ -103,11 +90,12 @@ class LinearRun {
         esize_(element_bytes(call.dtype)) {}
 
   void run() {
-    const bool split = call_.split_rows;
+    const bool split = call_.plan.split_rows;
     const int64_t begin = split ? part(call_.M, rank_) : 0;
     const int64_t end = split ? part(call_.M, rank_ + 1) : call_.M;
-    for (int64_t first = begin; first < end; first += call_.chunk_rows) {
-      const int64_t rows = end - first < call_.chunk_rows ? end - first : call_.chunk_rows;
+    for (int64_t first = begin; first < end; first += call_.plan.chunk_rows) {
+      const int64_t rows =
+          end - first < call_.plan.chunk_rows ? end - first : call_.plan.chunk_rows;
       for (int64_t r = 0; r < rows; ++r) {
         scales()[r] = stage_row<format>(call_.input + (first + r) * call_.input_stride, call_.dtype,
                                         call_.K, own_ + r * places_.row);
@@ -128,7 +116,7 @@ class LinearRun {
   int64_t part(int64_t n, int i) const { return n * i / members_; }
   float* scales() const { return reinterpret_cast<float*>(own_ + places_.scales); }
   float* results(int64_t r) const {
-    const int64_t chunk = call_.split_rows ? rank_ * call_.chunk_rows : 0;
+    const int64_t chunk = call_.plan.split_rows ? rank_ * call_.plan.chunk_rows : 0;
     return reinterpret_cast<float*>(call_.workspace + places_.results) +
            (chunk + r) * places_.stride;
   }
@@ -138,8 +126,8 @@ class LinearRun {
     alignas(64) float tile[kRows * kPanel];
     const RowTiles tiles(rows, kRows);
     const int64_t panels = panels_of(call_.N);
-    const int64_t begin = call_.split_rows ? 0 : part(panels, rank_);
-    const int64_t end = call_.split_rows ? panels : part(panels, rank_ + 1);
+    const int64_t begin = call_.plan.split_rows ? 0 : part(panels, rank_);
+    const int64_t end = call_.plan.split_rows ? panels : part(panels, rank_ + 1);
     for (int64_t p = begin; p < end; ++p) {
       for (int64_t i = 0; i < tiles.count; ++i) {
         const int64_t row = tiles.begin(i);
@@ -217,7 +205,7 @@ template <Format format>
 inline void run_linear(const Linear& f) {
   Barrier barrier;
   auto body = [&](int rank, int size) { LinearRun<format>(f, barrier, rank, size).run(); };
-  run_team(f.threads, body);
+  run_team(f.plan.threads, body);
 }
 
 }  // namespace ENCDEC_ISA_NAMESPACE

@@ -39,9 +39,11 @@ struct Sequences {
   bool packed = false;              // tensors hold the rows of each step one behind the other
 
   int64_t active(int64_t t) const { return sizes ? sizes[t] : B; }
-  int64_t row_start(int64_t t) const { return starts ? starts[t] : t * B; }
+  __attribute__((always_inline)) int64_t row_start(int64_t t) const {
+    return starts ? starts[t] : t * B;
+  }
   int64_t rows() const { return row_start(T); }
-  int64_t position(int64_t r) const { return order ? order[r] : r; }
+  __attribute__((always_inline)) int64_t position(int64_t r) const { return order ? order[r] : r; }
 };
 
 // A tensor of one vector per step and row; the last dimension is contiguous.
@@ -50,7 +52,8 @@ struct StepTensor {
   int64_t step_stride = 0;
   int64_t row_stride = 0;
 
-  char* at(const Sequences& s, int64_t t, int64_t r) const {
+  // Inlined wherever it is used: a kernel's copy must not be linked into other code.
+  __attribute__((always_inline)) char* at(const Sequences& s, int64_t t, int64_t r) const {
     if (s.packed) return data + (s.row_start(t) + r) * row_stride;
     return data + t * step_stride + s.position(r) * row_stride;
   }
@@ -121,6 +124,7 @@ struct Backward {
   StepTensor grad_input;  // summed over directions
   int directions = 1;
   BackwardDirection direction[2];
+  int64_t fed = 0;  // numbers that enter a step beside input and state, by a Feed
   int threads = 1;
   int64_t chunk_rows = 0;
   char* workspace = nullptr;

@@ -42,6 +42,12 @@ struct BackwardPlaces {
   int64_t bytes;
 };
 
+// Of the rows that meet the gates' gradients in a weight's.
+inline int64_t widest_rows(const Backward& f) {
+  const int64_t own = f.shape.I > f.shape.P ? f.shape.I : f.shape.P;
+  return own > f.fed ? own : f.fed;
+}
+
 template <Cell cell, Format format>
 inline BackwardPlaces backward_places(const Backward& f) {
   using Sg = Segments<cell>;
@@ -53,7 +59,7 @@ inline BackwardPlaces backward_places(const Backward& f) {
     at += round_up(bytes, 64);
     return here;
   };
-  const int64_t widest = s.I > s.P ? s.I : s.P;
+  const int64_t widest = widest_rows(f);
   p.padded = round_up(s.H, PlainBlocking::kUnits);
   p.row_bytes = staged_row_bytes(format, Sg::kCount * p.padded);
   const int64_t panel = packed_panel_bytes(format, Sg::kGates * p.padded, PlainBlocking::kVectors);
@@ -73,7 +79,12 @@ inline BackwardPlaces backward_places(const Backward& f) {
   return p;
 }
 
-template <Cell cell, Format format>
+// The gradients of what else entered a step (rnn_forward.h, Feed).
+struct NoFeedBackward {
+  static constexpr bool kActive = false;
+};
+
+template <Cell cell, Format format, class Feed = NoFeedBackward>
 class BackwardRun {
   using Sg = Segments<cell>;
   using Pl = PlainBlocking;
@@ -83,8 +94,9 @@ class BackwardRun {
 
  public:
   BackwardRun(const Backward& call, const BackwardDirection& dir, bool first_direction,
-              Barrier& barrier, int rank, int members)
-      : call_(call),
+              Barrier& barrier, int rank, int members, Feed* feed = nullptr)
+      : feed_(feed),
+        call_(call),
         s_(call.shape),
         q_(call.sequences),
         dir_(dir),
@@ -100,6 +112,12 @@ class BackwardRun {
 
   void run() {
     prepare();
+    if constexpr (Feed::kActive) {
+      feed_->prepare([&](const char* src, int64_t row_stride, int64_t n) {
+        pack_transposed(src, row_stride, n, Sg::kGates * places_.padded, feed_->packed(),
+                        [](int i) { return Sg::gate_of_x(i); });
+      });
+    }
     barrier_.wait(members_);
     // Steps run against the direction of forward.
     const bool falling = !dir_.reverse;
@@ -120,6 +138,7 @@ class BackwardRun {
       done += end - begin;
     }
     finish();
+    if constexpr (Feed::kActive) feed_->finish();
   }
 
  private:
@@ -147,9 +166,9 @@ class BackwardRun {
 
   void prepare() {
     const int64_t k = Sg::kGates * places_.padded;
-    pack_transposed(dir_.weights.hh, dir_.weights.hh_stride, s_.P, k, places_.w_hh,
+    pack_transposed(dir_.weights.hh, dir_.weights.hh_stride, s_.P, k, work_ + places_.w_hh,
                     [](int i) { return Sg::gate_of_h(i); });
-    pack_transposed(dir_.weights.ih, dir_.weights.ih_stride, s_.I, k, places_.w_ih,
+    pack_transposed(dir_.weights.ih, dir_.weights.ih_stride, s_.I, k, work_ + places_.w_ih,
                     [](int i) { return Sg::gate_of_x(i); });
     if (rank_ == 0) std::memset(work_ + places_.zeros, 0, static_cast<size_t>(s_.P * 4));
     for (int64_t u = first_; u < last_; u += kLanes) {
@@ -176,12 +195,12 @@ class BackwardRun {
 
   // This member's columns of a (gates * H, n) matrix, packed with k over the gates' segments.
   template <class GateOf>
-  void pack_transposed(const char* src, int64_t row_stride, int64_t n, int64_t k, int64_t place,
+  void pack_transposed(const char* src, int64_t row_stride, int64_t n, int64_t k, char* packed,
                        GateOf gate_of) {
     constexpr int64_t kVector = kLanes * weight_group_bytes(format), kStep = NV * kVector;
     const int64_t panel = packed_panel_bytes(format, k, NV), segment = places_.padded;
     for (int64_t b = part(Pl::blocks(n), rank_); b < part(Pl::blocks(n), rank_ + 1); ++b) {
-      char* dst = work_ + place + b * panel;
+      char* dst = packed + b * panel;
       if (s_.H < segment) std::memset(dst, 0, static_cast<size_t>(panel));
       for (int v = 0; v < NV; ++v) {
         const int64_t column = b * Pl::kUnits + v * kLanes;
@@ -198,13 +217,18 @@ class BackwardRun {
 
   void step(int64_t t, int64_t chunk_row) {
     const int64_t n = q_.active(t);
+    if constexpr (Feed::kActive) {
+      barrier_.wait(members_);  // the state's gradients are there, and what was fed's
+      feed_->before_step(t, dh(0), places_.padded);
+      barrier_.wait(members_);
+    }
     for (int64_t r = 0; r < n; ++r) {
       if (r + kAhead < n) prefetch(t, r + kAhead);
       gate_gradients(t, r, chunk_row + r);
     }
     barrier_.wait(members_);
     alignas(64) float products[kTileRows * Pl::kUnits];
-    const PackedView w = packed(places_.w_hh);
+    const PackedView w = packed(work_ + places_.w_hh);
     const RowTiles tiles(n, kTileRows);
     for (int64_t b = first_ / Pl::kUnits; b * Pl::kUnits < last_; ++b) {
       for (int64_t i = 0; i < tiles.count; ++i) {
@@ -222,6 +246,9 @@ class BackwardRun {
         }
       }
     }
+    if constexpr (Feed::kActive) {
+      feed_->after_step(packed(feed_->packed()), {grad_row(chunk_row), places_.row_bytes});
+    }
   }
 
   // What gate_gradients will read of a later row: its pieces are too short for the hardware to see.
@@ -238,9 +265,9 @@ class BackwardRun {
     piece(cell == Cell::kLstm ? dir_.cells.at(q_, t, r) : dir_.output.at(q_, t, r));
   }
 
-  PackedView packed(int64_t place) const {
+  PackedView packed(const char* data) const {
     PackedView v;
-    v.data = work_ + place;
+    v.data = data;
     v.groups = Sg::kGates * places_.padded / group_size(format);
     v.panel_bytes = packed_panel_bytes(format, Sg::kGates * places_.padded, NV);
     return v;
@@ -334,7 +361,7 @@ class BackwardRun {
                                       s_.H,
                                       work_ + places_.products,
                                       call_.chunk_rows,
-                                      s_.I > s_.P ? s_.I : s_.P,
+                                      widest_rows(call_),
                                       last && call_.dtype == Format::kFloat32,
                                       rank_,
                                       members_,
@@ -350,6 +377,13 @@ class BackwardRun {
     products.add(
         h_rows, s_.P, Sg::kFirstOfH, Sg::kGates, [](int i) { return Sg::gate_of_h(i); },
         target(places_.sum_hh, dir_.grad_hh), first);
+    if constexpr (Feed::kActive) {
+      feed_->add_weight_gradient(
+          begin, rows, first, last, [&](const char* const* fed, int64_t width, float* sums) {
+            products.add(
+                fed, width, 0, Sg::kGates, [](int i) { return Sg::gate_of_x(i); }, sums, first);
+          });
+    }
     if (last && sums) {
       round_sums(places_.sum_ih, dir_.grad_ih, Sg::kGates * s_.H * s_.I);
       round_sums(places_.sum_hh, dir_.grad_hh, Sg::kGates * s_.H * s_.P);
@@ -368,7 +402,7 @@ class BackwardRun {
 
   void input_gradients(int64_t rows, const char* const* to) {
     alignas(64) float products[kTileRows * Pl::kUnits];
-    const PackedView w = packed(places_.w_ih);
+    const PackedView w = packed(work_ + places_.w_ih);
     const int64_t blocks = Pl::blocks(s_.I);
     // As many rows as stay in L2 beside a panel, then all of this member's panels over them.
     const int64_t group = kTileRows * (1 + 256 * 1024 / (kTileRows * places_.row_bytes));
@@ -417,6 +451,7 @@ class BackwardRun {
     }
   }
 
+  Feed* const feed_;
   const Backward& call_;
   const Shape& s_;
   const Sequences& q_;

@@ -72,7 +72,12 @@ inline ForwardPlaces forward_places(const Forward& f) {
   return p;
 }
 
-template <Cell cell, Format format>
+// What else enters a step beside its input and the state, made from the state of the step before.
+struct NoFeed {
+  static constexpr bool kActive = false;
+};
+
+template <Cell cell, Format format, class Feed = NoFeed>
 class ForwardRun {
   using Bl = Blocking<cell>;
   static constexpr int NV = Bl::kVectors;
@@ -84,8 +89,9 @@ class ForwardRun {
 
  public:
   ForwardRun(const Forward& call, const Direction& dir, char* workspace, Barrier& barrier, int rank,
-             int members)
-      : call_(call),
+             int members, Feed* feed = nullptr)
+      : feed_(feed),
+        call_(call),
         s_(call.shape),
         q_(call.sequences),
         dir_(dir),
@@ -104,6 +110,7 @@ class ForwardRun {
 
   void run() {
     prepare();
+    if constexpr (Feed::kActive) feed_->prepare();
     barrier_.wait(members_);
     int now = 0;
     bool started = false;
@@ -271,6 +278,7 @@ class ForwardRun {
                                       products + p * NV * kLanes, kRowFloats);
           }
         }
+        if constexpr (Feed::kActive) feed_->add_products(b, row, rows, gates(b, gate_row + row));
         for (int j = 0; j < rows; ++j) {
           cell_update(b, t, row + j, gates(b, gate_row + row + j), products + j * kRowFloats,
                       now ^ 1);
@@ -279,6 +287,10 @@ class ForwardRun {
     }
     barrier_.wait(members_);
     if (s_.projected) project(t, n, now ^ 1);
+    if constexpr (Feed::kActive) {
+      feed_->after_step(t, {h_row(now ^ 1, 0), staged_row_bytes(kExchange, s_.P)});
+      barrier_.wait(members_);
+    }
   }
 
   // The lines that cell_update will fill in training: fetched while the products are computed, they
@@ -427,6 +439,7 @@ class ForwardRun {
     }
   }
 
+  Feed* const feed_;
   const Forward& call_;
   const Shape& s_;
   const Sequences& q_;

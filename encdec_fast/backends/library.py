@@ -21,8 +21,14 @@ _OPS = (
     "additive_forward",
     "additive_backward",
     "attention_forward",
+    "attention_backward",
+    "attention_decoder_forward",
+    "attention_decoder_backward",
+    "varlen_attention",
     "linear_pack",
     "linear_forward",
+    "bridge_pack",
+    "bridge_forward",
 )
 _REBUILD = "build it with `make build` in a checkout, or `pip install --force-reinstall` the wheel"
 

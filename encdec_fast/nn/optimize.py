@@ -10,13 +10,19 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import torch
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from torch.nn.utils import parametrize
 
+from encdec_fast.nn._transformer import Whole
 from encdec_fast.nn.cells import GRUCell, LSTMCell, RNNCell
 from encdec_fast.nn.gru import GRU
+from encdec_fast.nn.layer_norm import LayerNorm
 from encdec_fast.nn.linear import Linear
 from encdec_fast.nn.lstm import LSTM
+from encdec_fast.nn.multihead_attention import MultiheadAttention
 from encdec_fast.nn.rnn import RNN
+from encdec_fast.nn.transformer import Transformer, TransformerDecoder, TransformerEncoder
+from encdec_fast.nn.transformer_layers import TransformerDecoderLayer, TransformerEncoderLayer
 from encdec_fast.ops._call import WEIGHT_DTYPES
 
 _M = TypeVar("_M", bound=torch.nn.Module)
@@ -29,6 +35,13 @@ _SWAPS: dict[type[torch.nn.Module], type[torch.nn.Module]] = {
     torch.nn.GRUCell: GRUCell,
     torch.nn.RNNCell: RNNCell,
     torch.nn.Linear: Linear,
+    torch.nn.LayerNorm: LayerNorm,
+    torch.nn.MultiheadAttention: MultiheadAttention,
+    torch.nn.TransformerEncoderLayer: TransformerEncoderLayer,
+    torch.nn.TransformerDecoderLayer: TransformerDecoderLayer,
+    torch.nn.TransformerEncoder: TransformerEncoder,
+    torch.nn.TransformerDecoder: TransformerDecoder,
+    torch.nn.Transformer: Transformer,
 }
 _OURS = frozenset(_SWAPS.values())
 _BEFORE = "_before_optimize"  # on a module that `optimize` changed: (its class, its weight_dtype)
@@ -68,6 +81,8 @@ class OptimizationReport(list[ReportLine]):
 def _why_left(module: torch.nn.Module) -> str | None:
     """Why `optimize` leaves a module alone, "" if it swaps it, None if it does not know it."""
     kind = type(module)
+    if kind is NonDynamicallyQuantizableLinear:  # the attention that it belongs to computes it
+        return None
     if kind not in _SWAPS and kind not in _OURS:
         base = next((base for base in _SWAPS if isinstance(module, base)), None)
         if base is None:
@@ -80,11 +95,18 @@ def _why_left(module: torch.nn.Module) -> str | None:
     return ""
 
 
+def _has_weights(module: torch.nn.Module) -> bool:
+    """Whether a module of this package has a weight_dtype, and not merely parts that do."""
+    return not isinstance(module, Whole) and hasattr(type(module), "weight_dtype")
+
+
 def optimize(model: _M, weight_dtype: torch.dtype | str | None = None) -> _M:
     """Swap the parts of `model` that this package has a fast form of, in place; return `model`.
 
-    Exactly torch.nn.LSTM, GRU, RNN, LSTMCell, GRUCell, RNNCell and Linear are swapped; subclasses
-    and parametrized modules are left alone, and `optimization_report(model)` says so. Parameters,
+    Exactly torch.nn.LSTM, GRU, RNN, LSTMCell, GRUCell, RNNCell, Linear, LayerNorm,
+    MultiheadAttention, TransformerEncoderLayer, TransformerDecoderLayer, TransformerEncoder,
+    TransformerDecoder and Transformer are swapped; subclasses and parametrized modules are left
+    alone, and `optimization_report(model)` says so. Parameters,
     state_dict, hooks and weight tying stay as they are. Doing it again changes nothing but
     weight_dtype; `restore` undoes it.
 
@@ -101,10 +123,12 @@ def optimize(model: _M, weight_dtype: torch.dtype | str | None = None) -> _M:
             changed: Any = module
             kind = type(module)
             if _BEFORE not in module.__dict__:
-                changed._before_optimize = (kind, getattr(module, "weight_dtype", None))
+                before = getattr(module, "weight_dtype", None) if _has_weights(module) else None
+                changed._before_optimize = (kind, before)
             if kind in _SWAPS:
                 changed.__class__ = _SWAPS[kind]
-            changed.weight_dtype = weight_dtype
+            if _has_weights(module):
+                changed.weight_dtype = weight_dtype
     return model
 
 
@@ -114,9 +138,11 @@ def restore(model: _M) -> _M:
         before = module.__dict__.pop(_BEFORE, None)
         if before is not None:
             changed: Any = module
-            changed.__class__, changed.weight_dtype = before
+            changed.__class__ = before[0]
             if before[0] in _SWAPS:
-                del changed.weight_dtype
+                changed.__dict__.pop("weight_dtype", None)
+            elif _has_weights(module):
+                changed.weight_dtype = before[1]
     return model
 
 

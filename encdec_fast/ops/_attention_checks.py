@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 
 import torch
@@ -140,3 +141,97 @@ def attention(
             raise RuntimeError(f"{name}: {what} must be on {query.device} as query is")
         found.append(spread)
     return found[0], found[1]
+
+
+def probability(p: float) -> float:
+    """A dropout probability; ValueError where it is none, as torch's."""
+    if not 0 <= p <= 1:
+        raise ValueError(f"dropout_p must be between 0 and 1, but it is {p}")
+    return p
+
+
+def varlen(
+    query: Tensor, key: Tensor, value: Tensor, query_offsets: Tensor, memory_offsets: Tensor
+) -> None:
+    """RuntimeError unless the tensors of `varlen_attention` fit each other."""
+    name = "varlen_attention"
+    for what, tensor in (("query", query), ("key", key), ("value", value)):
+        if tensor.dim() != 3:
+            raise RuntimeError(f"{name}: {what} must have 3 dimensions, got {tensor.dim()}")
+    heads, size = query.shape[1:]
+    shapes: dict[str, tuple[State, tuple[int, ...]]] = {
+        "key": (key, (key.shape[0], key.shape[1], size)),
+        "value": (value, (*key.shape[:2], value.shape[2])),
+    }
+    check_shapes(name, "query", query, shapes)
+    if not query.is_floating_point():
+        raise RuntimeError(f"{name}: expected floating-point tensors, but query is {query.dtype}")
+    if key.shape[1] == 0 or heads % key.shape[1]:
+        raise RuntimeError(
+            f"{name}: the {heads} heads of query must be a multiple of the {key.shape[1]} of key"
+        )
+    for what, offsets in (("query_offsets", query_offsets), ("memory_offsets", memory_offsets)):
+        where = offsets.device.type
+        if offsets.dtype != torch.int64 or where != "cpu" or offsets.dim() != 1:
+            raise RuntimeError(
+                f"{name}: {what} must be a vector of int64 on the CPU, but it is "
+                f"{tuple(offsets.shape)} {offsets.dtype} on {where}"
+            )
+    if query_offsets.shape != memory_offsets.shape or query_offsets.shape[0] == 0:
+        raise RuntimeError(
+            f"{name}: query_offsets and memory_offsets must have one number more than there are "
+            f"sentences, but they have {len(query_offsets)} and {len(memory_offsets)}"
+        )
+
+
+def offset_values(name: str, offsets: Tensor, rows: int) -> list[int]:
+    """The offsets as numbers; RuntimeError unless they go from 0 to `rows` without decreasing."""
+    values: list[int] = offsets.tolist()
+    steps = itertools.pairwise(values)
+    if values[0] != 0 or values[-1] != rows or any(a > b for a, b in steps):
+        raise RuntimeError(f"{name} must go from 0 to {rows} without decreasing, got {values}")
+    return values
+
+
+def decoder(tensors: Sequence[State], gates: int) -> None:
+    """RuntimeError unless the tensors of `attention_decoder` fit the input, h0 and the memory."""
+    name = "attention_decoder"
+    input, h0, c0, context0, keys, values, weight_ih, weight_hh, *others = tensors
+    assert input is not None and h0 is not None and context0 is not None
+    assert keys is not None and values is not None
+    ranks = {"input": (input, 3), "h0": (h0, 2), "context0": (context0, 2)}
+    for what, (tensor, rank) in {**ranks, "keys": (keys, 3), "values": (values, 3)}.items():
+        if tensor.dim() != rank:
+            raise RuntimeError(f"{name}: {what} must have {rank} dimensions, got {tensor.dim()}")
+    batch, _, size = input.shape
+    hidden, width = h0.shape[1], values.shape[2]
+    (keys_count, attended), rows = keys.shape[1:], gates * hidden
+    if (c0 is None) != (gates == 3):
+        raise RuntimeError(f"{name}: c0 is for an LSTM, and only for an LSTM")
+    bias_ih, bias_hh, query_weight, score_weight = others
+    if (bias_ih is None) != (bias_hh is None):
+        raise RuntimeError(f"{name}: bias_ih and bias_hh are given together or not at all")
+    wanted: dict[str, tuple[State, tuple[int, ...]]] = {
+        "h0": (h0, (batch, hidden)),
+        "c0": (c0, (batch, hidden)),
+        "context0": (context0, (batch, width)),
+        "keys": (keys, (batch, keys_count, attended)),
+        "values": (values, (batch, keys_count, width)),
+        "weight_ih": (weight_ih, (rows, size + width)),
+        "weight_hh": (weight_hh, (rows, hidden)),
+        "bias_ih": (bias_ih, (rows,)),
+        "bias_hh": (bias_hh, (rows,)),
+        "query_weight": (query_weight, (attended, hidden)),
+        "score_weight": (score_weight, (attended,)),
+    }
+    shapes = {what: own for what, own in wanted.items() if own[0] is not None}
+    check_shapes(name, "input", input, shapes)
+    if query_weight is None and attended != hidden:
+        raise RuntimeError(
+            f"{name}: without query_weight the keys must have the {hidden} numbers of h, "
+            f"but they have {attended}"
+        )
+    if not input.is_floating_point():
+        raise RuntimeError(f"{name}: expected floating-point tensors, but input is {input.dtype}")
+    if hidden == 0 or width == 0 or attended == 0:
+        raise RuntimeError(f"{name}: the sizes of h0, keys and values must not be 0")

@@ -132,3 +132,18 @@ def needs_grad(input: Tensor, h0: State, c0: State, weights: list[Tensor]) -> bo
 def needs_gradient(tensors: Sequence[Tensor]) -> bool:
     """Whether autograd will want the gradient of one of these tensors."""
     return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
+
+
+def weight_dtype_name(weight_dtype: torch.dtype | str | None, training: bool) -> str:
+    """As a call holds it. ValueError for none that there is; RuntimeError for one in training."""
+    if weight_dtype not in WEIGHT_DTYPES:
+        raise ValueError(
+            f"weight_dtype must be None, torch.bfloat16 or 'int8', but it is {weight_dtype!r}"
+        )
+    name = WEIGHT_DTYPES[weight_dtype]
+    if name and training:
+        raise RuntimeError(
+            f"weight_dtype={name!r} is for inference, and a gradient is needed here: "
+            "call it under torch.no_grad() or torch.inference_mode()"
+        )
+    return name

@@ -45,9 +45,13 @@ class _Entry:
         ]
 
     def fresh(self, weights: list[Tensor]) -> bool:
-        if self.pointers != [weight.data_ptr() for weight in weights]:
-            return False
-        return self.versions is None or self.versions == [weight._version for weight in weights]
+        pointers, versions = self.pointers, self.versions
+        for index, weight in enumerate(weights):
+            if weight.data_ptr() != pointers[index]:
+                return False
+            if versions is not None and weight._version != versions[index]:
+                return False
+        return True
 
 
 # By the identity of a direction's weights. Python's own lock makes each get, set and pop atomic;
@@ -100,6 +104,24 @@ def kept(
             entry.blob = make(kind, [with_rows(weight) for weight in weights], weight_format)
             _entries[key] = entry
         return entry.blob
+
+
+def with_pack(
+    kind: str,
+    weights: list[Tensor],
+    weight_format: int,
+    make: Callable[[str, list[Tensor], int], Tensor],
+    run: Callable[[Tensor], list[Tensor]],
+) -> list[Tensor]:
+    """What `run` makes of the packed form of these weights; the others as `kept` takes them.
+
+    run: packed -> results, or none where the weights have other values than those that were packed.
+    """
+    for again in (False, True, True):
+        results = run(kept(kind, weights, weight_format, make, again=again))
+        if results:
+            return results
+    raise RuntimeError(f"{kind}: the weights change while they are being used")
 
 
 def repack(what: torch.nn.Module | Tensor | Iterable[Tensor]) -> None:

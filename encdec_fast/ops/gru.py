@@ -59,6 +59,19 @@ _library.define(
 )
 
 
+def step(x: Tensor, h: Tensor, _: State, own: list[Tensor]) -> tuple[Tensor, State]:
+    """One step: (x, h, nothing, weights) -> (h, nothing)."""
+    from_x, from_h = x @ own[0].t(), h @ own[1].t()
+    if len(own) == 4:
+        from_x, from_h = from_x + own[2], from_h + own[3]
+    x_r, x_z, x_n = from_x.chunk(3, dim=-1)
+    h_r, h_z, h_n = from_h.chunk(3, dim=-1)
+    r = torch.sigmoid(x_r + h_r)
+    z = torch.sigmoid(x_z + h_z)
+    n = torch.tanh(x_n + r * h_n)
+    return (1 - z) * n + z * h, None
+
+
 def reference(
     input: Tensor,
     weights: list[Tensor],
@@ -72,17 +85,6 @@ def reference(
 
     Any dtype and device; differentiable any number of times; not fast.
     """
-
-    def step(x: Tensor, h: Tensor, _: State, own: list[Tensor]) -> tuple[Tensor, State]:
-        from_x, from_h = x @ own[0].t(), h @ own[1].t()
-        if len(own) == 4:
-            from_x, from_h = from_x + own[2], from_h + own[3]
-        x_r, x_z, x_n = from_x.chunk(3, dim=-1)
-        h_r, h_z, h_n = from_h.chunk(3, dim=-1)
-        r = torch.sigmoid(x_r + h_r)
-        z = torch.sigmoid(x_z + h_z)
-        n = torch.tanh(x_n + r * h_n)
-        return (1 - z) * n + z * h, None
 
     ragged = (lengths, batch_sizes, bidirectional, batch_first)
     output, final, _, _ = unroll(step, input, weights, h0, None, *ragged, None)

@@ -23,7 +23,7 @@ LayerNorm: Ba et al., 2016 (arXiv:1607.06450). RMSNorm: Zhang and Sennrich, 2019
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
@@ -37,6 +37,7 @@ from encdec_fast.ops._call import (
     autocasting,
     context_of,
     needs_gradient,
+    weight_dtype_name,
 )
 from encdec_fast.ops._cpu import FORMATS, unfit
 from encdec_fast.ops._packing import kept
@@ -49,12 +50,20 @@ _RESIDUAL = 1  # its place among bias, residual, norm_weight and norm_bias
 _library = torch.library.Library("encdec_fast", "FRAGMENT")
 _library.define(
     "linear(Tensor input, Tensor weight, Tensor? bias, Tensor? residual, Tensor? norm_weight,"
-    " Tensor? norm_bias, str activation, str norm, float norm_eps, str weight_dtype) -> Tensor"
+    " Tensor? norm_bias, str activation, str norm, float norm_eps, str weight_dtype,"
+    " int[]? rows=None) -> Tensor"
 )
 
 
+Rows: TypeAlias = tuple[int, int] | None
+
+
 class LinearCall(NamedTuple):
-    """What a backend needs to know of a call: its metadata, never its values."""
+    """What a backend needs to know of a call: its metadata, never its values.
+
+    rows: the rows of the weight that are meant, from and to; None for all. A slice would be a new
+    tensor in every call, and packed weights are found by the identity of theirs.
+    """
 
     dtype: torch.dtype
     device: str
@@ -64,6 +73,7 @@ class LinearCall(NamedTuple):
     norm_eps: float
     weight_dtype: str
     context: str  # as in ops/_call.py
+    rows: Rows = None
 
 
 def reference(
@@ -100,8 +110,12 @@ def reference(
     return y
 
 
+def _part(weight: Tensor, rows: Rows) -> Tensor:
+    return weight if rows is None else weight[rows[0] : rows[1]]
+
+
 def _reference(call: LinearCall, input: Tensor, weight: Tensor, *rest: State) -> Tensor:
-    (weight,) = round_weights([weight], call.weight_dtype)
+    (weight,) = round_weights([_part(weight, call.rows)], call.weight_dtype)
     options: dict[str, Any] = {"activation": call.activation, "norm": call.norm}
     return reference(input, weight, *rest, **options, norm_eps=call.norm_eps)
 
@@ -116,7 +130,7 @@ def _torch(
     norm_bias: State = None,
 ) -> Tensor:
     """torch's own functions, which autograd and every transform know."""
-    (weight,) = round_weights([weight], call.weight_dtype)
+    (weight,) = round_weights([_part(weight, call.rows)], call.weight_dtype)
     y = F.linear(input, weight, bias)
     if call.activation == "relu":
         y = F.relu(y)
@@ -161,9 +175,17 @@ def _cpu(
     )
     input = input.contiguous()
     run = torch.ops.encdec_fast_cpu.linear_forward.default
+    rows = call.rows
+    kind, make, part = "linear", make_pack, weight
+    if rows is not None:
+        kind, part = f"linear {rows}", _part(weight, rows)
+
+        def make(kind: str, weights: list[Tensor], weight_format: int) -> Tensor:
+            return make_pack(kind, [_part(weights[0], rows)], weight_format)
+
     for again in (False, True, True):
-        block = kept("linear", [weight], weight_format, make_pack, again=again)
-        result: list[Tensor] = run(input, weight, block, *after)
+        block = kept(kind, [weight], weight_format, make, again=again)
+        result: list[Tensor] = run(input, part, block, *after)
         if result:  # nothing where the values are not those that were packed
             return result[0]
     raise RuntimeError("linear: the weight changes while it is being used")
@@ -182,36 +204,39 @@ BACKENDS = (
 
 
 def _run(*args: Any) -> Tensor:
-    tensors, (activation, norm, eps, weight_dtype) = args[:6], args[6:]
+    tensors, (activation, norm, eps, weight_dtype, *more) = args[:6], args[6:]
     input = tensors[0]
-    call = LinearCall(
-        input.dtype, input.device.type, False, activation, norm, eps, weight_dtype, ""
-    )
+    rows = tuple(more[0]) if more and more[0] is not None else None  # defaults are not passed on
+    options = (activation, norm, eps, weight_dtype)
+    call = LinearCall(input.dtype, input.device.type, False, *options, "", rows)
     result: Tensor = select(BACKENDS, call).run(call, *tensors)
     return result
 
 
 def _fake(input: Tensor, weight: Tensor, *rest: Any) -> Tensor:
-    return input.new_empty((*input.shape[:-1], weight.shape[0]))
+    rows = rest[8] if rest[8:] else None
+    features = weight.shape[0] if rows is None else rows[1] - rows[0]
+    return input.new_empty((*input.shape[:-1], features))
 
 
 _library.impl("linear", _run, "CompositeExplicitAutograd")
 torch.library.register_fake("encdec_fast::linear", _fake, lib=_library)
 
 
-def _fits(input: Tensor, weight: Tensor, others: Sequence[State]) -> bool:
+def _fits(input: Tensor, weight: Tensor, others: Sequence[State], rows: Rows) -> bool:
     """Whether the kernel may run; where not, torch says what is wrong."""
-    shape, features = input.shape, weight.shape
-    if len(features) != 2 or not shape or shape[-1] != features[1] or weight.numel() == 0:
+    shape, whole = input.shape, weight.shape
+    if len(whole) != 2 or not shape or shape[-1] != whole[1] or 0 in whole:
         return False
+    features = whole[0] if rows is None else rows[1] - rows[0]
     dtype, device = input.dtype, input.device
     if weight.dtype is not dtype or weight.device != device:
         return False
     for index, tensor in enumerate(others):
         if tensor is None:
             continue
-        wanted = (*shape[:-1], features[0]) if index == _RESIDUAL else features[:1]
-        if tensor.shape != wanted or tensor.dtype is not dtype or tensor.device != device:
+        wanted = (*shape[:-1], features) if index == _RESIDUAL else (features,)
+        if tensor.dtype is not dtype or tensor.device != device or tensor.shape != wanted:
             return False
     return True
 
@@ -224,6 +249,7 @@ def describe_call(
     norm: str,
     norm_eps: float,
     weight_dtype: str,
+    rows: Rows = None,
 ) -> tuple[tuple[Backend, ...], LinearCall]:
     """The backends that may run a call, and what they judge."""
     given = [weight]
@@ -232,20 +258,17 @@ def describe_call(
             given.append(tensor)
     training = torch.is_grad_enabled() and needs_gradient([input, *given])
     if training and weight_dtype:
-        raise RuntimeError(
-            f"weight_dtype={weight_dtype!r} is for inference, and a gradient is needed here: "
-            "call it under torch.no_grad() or torch.inference_mode()"
-        )
+        weight_dtype_name(weight_dtype, training)  # raises
+    device = "cpu" if input.is_cpu else input.device.type  # asking for the type makes a string
     if torch.compiler.is_compiling():
         context = "compile"
-    elif autocasting(input.device.type):
+    elif autocasting(device):
         context = "autocast"
     else:
         context = context_of(input, given)
-    device = input.device.type
     fixed = (activation, norm, norm_eps, weight_dtype)
-    call = LinearCall(input.dtype, device, training, *fixed, context)
-    return (BACKENDS if _fits(input, weight, others) else BACKENDS[1:]), call
+    call = LinearCall(input.dtype, device, training, *fixed, context, rows)
+    return (BACKENDS if _fits(input, weight, others, rows) else BACKENDS[1:]), call
 
 
 def run(
@@ -259,12 +282,17 @@ def run(
     norm: str = "",
     norm_eps: float = 1e-5,
     weight_dtype: str = "",
+    rows: Rows = None,
 ) -> Tensor:
-    """`linear` without the checks of its options."""
+    """`linear` without the checks of its options.
+
+    rows: only these rows of the weight, from and to; bias has their number of elements.
+    """
     others = (bias, residual, norm_weight, norm_bias)
-    options = (activation, norm, norm_eps, weight_dtype)
+    options = (activation, norm, norm_eps, weight_dtype, rows)
     backends, call = describe_call(input, weight, others, *options)
-    if call.context in GRAPHS and not call.training and backends is BACKENDS:
+    graph = call.context in GRAPHS and not autocasting(call.device)
+    if graph and not call.training and backends is BACKENDS:
         op = torch.ops.encdec_fast.linear
         result: Tensor = op(input, weight, *others, *options)
         return result

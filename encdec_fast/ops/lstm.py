@@ -62,6 +62,19 @@ _library.define(
 )
 
 
+def step(x: Tensor, h: Tensor, c: State, own: list[Tensor]) -> tuple[Tensor, State]:
+    """One step: (x, h, c, weights) -> (h, c)."""
+    assert c is not None
+    w_ih, w_hh = own[:2]
+    gates = x @ w_ih.t() + h @ w_hh.t()
+    if len(own) >= 4:
+        gates = gates + own[2] + own[3]
+    i, f, g, o = gates.chunk(4, dim=-1)
+    c = torch.sigmoid(f) * c + torch.sigmoid(i) * torch.tanh(g)
+    h = torch.sigmoid(o) * torch.tanh(c)
+    return (h @ own[-1].t() if len(own) in (3, 5) else h), c
+
+
 def reference(
     input: Tensor,
     weights: list[Tensor],
@@ -76,17 +89,6 @@ def reference(
 
     Any dtype and device; differentiable any number of times; not fast.
     """
-
-    def step(x: Tensor, h: Tensor, c: State, own: list[Tensor]) -> tuple[Tensor, State]:
-        assert c is not None
-        w_ih, w_hh = own[:2]
-        gates = x @ w_ih.t() + h @ w_hh.t()
-        if len(own) >= 4:
-            gates = gates + own[2] + own[3]
-        i, f, g, o = gates.chunk(4, dim=-1)
-        c = torch.sigmoid(f) * c + torch.sigmoid(i) * torch.tanh(g)
-        h = torch.sigmoid(o) * torch.tanh(c)
-        return (h @ own[-1].t() if len(own) in (3, 5) else h), c
 
     ragged = (lengths, batch_sizes, bidirectional, batch_first)
     return unroll(step, input, weights, h0, c0, *ragged, weights[0].shape[0] // 4)

@@ -36,9 +36,9 @@ void test(const Kernels& kernels, Format format, int64_t M, int64_t N, int64_t K
   f.output = chars(y);
   f.output_stride = N * 4;
   plan(f, format, threads);
-  f.threads = threads;
-  f.split_rows = split;
-  f.chunk_rows = 17;  // several chunks, and a last one that is not full
+  f.plan.threads = threads;
+  f.plan.split_rows = split;
+  f.plan.chunk_rows = 17;  // several chunks, and a last one that is not full
   Lines workspace(kernels.workspace(f));
   f.workspace = workspace.data;
   kernels.run(f);

@@ -1,0 +1,76 @@
+// A recurrent decoder that attends to a memory and feeds what it found into its next step:
+//
+//     h_t = cell([x_t; f_{t-1}], h_{t-1})        f_t = attention(W_q h_t, memory)
+//
+// The recurrent kernels run it, with h as their state; here stands what they are given beside it:
+// attention once per step, and the product of f with its columns of W_ih.
+//
+// Plain structs and raw pointers; torch lives in attention_decoder_binding.cpp only. Sizes are in
+// elements, strides in bytes. Names: B batch, T steps, S keys, A attention size, M size of a value.
+#pragma once
+
+#include "attention/additive.h"
+#include "rnn/rnn.h"
+
+namespace encdec::decoder {
+
+enum class Score : int32_t { kAdditive = 0, kDot = 1 };
+
+struct Memory {
+  const char* feed_weight = nullptr;  // the columns of W_ih that meet f: (gates H, M)
+  int64_t feed_stride = 0;            // elements
+  const char* context0 = nullptr;     // [B][M]
+  Score score = Score::kAdditive;
+  int64_t S = 0, A = 0, M = 0;
+  float scale = 1.0f;                  // of a dot product
+  const char* query_weight = nullptr;  // W_q (A, H); null: the query is h itself, A = H
+  int64_t query_stride = 0;            // elements
+  const char* score_weight = nullptr;  // v [A], additive
+  attention::Rows keys, values;        // (B, S, A), (B, S, M)
+  const int64_t* lengths = nullptr;    // [B] keys that count, 0 to S; null: all
+
+  int64_t keys_of(int64_t b) const { return lengths ? lengths[b] : S; }
+};
+
+struct Forward {
+  rnn::Forward rnn;
+  Memory memory;             // f_t goes behind h_t in a row of the output
+  float* weights = nullptr;  // [B][T][S]
+  char* queries = nullptr;   // [B][T][A], of the call's dtype; null: not wanted
+  char* workspace = nullptr;
+};
+
+struct Backward {
+  rnn::Backward rnn;
+  Memory memory;
+  const float* weights = nullptr;       // as forward left them
+  const char* queries = nullptr;        // likewise
+  const float* grad_weights = nullptr;  // [B][T][S]; null: zero
+  char* grad_context = nullptr;         // [B][T][M]: of all that f_t went into
+  char* grad_context0 = nullptr;        // [B][M]
+  char* grad_feed_weight = nullptr;     // (gates H, M)
+  char* grad_query_weight = nullptr;    // (A, H); null without W_q
+  char* workspace = nullptr;
+};
+
+// One for each instruction set. The workspaces are those of attention; rnn's have their own.
+struct DecoderKernels {
+  int64_t (*forward_workspace)(const Forward&);
+  void (*forward)(const Forward&);
+  int64_t (*backward_workspace)(const Backward&);
+  void (*backward)(const Backward&);
+};
+
+const DecoderKernels& decoder_kernels(Isa isa);
+
+namespace avx2 {
+extern const DecoderKernels kDecoderKernels;
+}
+namespace avx512 {
+extern const DecoderKernels kDecoderKernels;
+}
+namespace avx512_bf16 {
+extern const DecoderKernels kDecoderKernels;
+}
+
+}  // namespace encdec::decoder

@@ -1,0 +1,108 @@
+// A memory as the steps of a decoder read it: its keys as rows of floats, made once for all steps.
+//
+// For additive scores these are the factors of tanh(q + k) (attention/additive_factors.h), or, for
+// a sentence with a number that is too large for them, rows of 2k.
+#pragma once
+
+#include "attention/additive_forward.h"
+#include "core/gemm.h"
+#include "decoder/attention_decoder.h"
+
+namespace encdec::decoder {
+namespace ENCDEC_ISA_NAMESPACE {
+
+using namespace encdec::ENCDEC_ISA_NAMESPACE;
+using attention::ENCDEC_ISA_NAMESPACE::factor_row;
+using attention::ENCDEC_ISA_NAMESPACE::float_row;
+using attention::ENCDEC_ISA_NAMESPACE::FloatKeys;
+using attention::ENCDEC_ISA_NAMESPACE::kKeyBlock;
+using attention::ENCDEC_ISA_NAMESPACE::kTileQueries;
+using attention::ENCDEC_ISA_NAMESPACE::reciprocal_of;
+using attention::ENCDEC_ISA_NAMESPACE::row_floats;
+
+// Columns of a small product: of W_q forward, of its transpose backward.
+constexpr int kVectors = 2;
+constexpr int64_t kPanel = kVectors * kLanes;
+constexpr int64_t panels_of(int64_t columns) { return (columns + kPanel - 1) / kPanel; }
+
+struct MemoryPlaces {
+  int64_t keys, stride;  // float [B][padded S][stride]
+  int64_t padded;        // keys of a sentence, up to whole blocks
+  int64_t direct;        // float [B]: not 0 where the keys are rows of 2k
+  int64_t v;             // float [A]
+};
+
+template <class Take>
+inline MemoryPlaces memory_places(const Memory& m, int64_t B, const Take& take) {
+  MemoryPlaces p{};
+  p.stride = row_floats(m.A);
+  p.padded = round_up(m.S, kKeyBlock);
+  p.keys = take(B * p.padded * p.stride * 4);
+  p.direct = take(B * 4);
+  p.v = take(round_up(m.A, kLanes) * 4);
+  return p;
+}
+
+class MemoryRows {
+ public:
+  MemoryRows(const Memory& memory, Format dtype, char* work, const MemoryPlaces& places)
+      : m_(memory), dtype_(dtype), work_(work), p_(places) {}
+
+  float* key(int64_t b, int64_t s) const {
+    return floats(p_.keys) + (b * p_.padded + s) * p_.stride;
+  }
+  int64_t stride() const { return p_.stride; }
+  const float* v() const { return floats(p_.v); }
+  bool direct(int64_t b) const { return floats(p_.direct)[b] != 0.0f; }
+
+  // The rows of sentence b, by one member; and v, by the first.
+  void prepare(int64_t b) const {
+    const int64_t n = m_.keys_of(b);
+    if (b == 0 && m_.score_weight) {
+      for (int64_t a = 0; a < m_.A; a += kLanes) {
+        const char* from = m_.score_weight + a * element_bytes(dtype_);
+        store(floats(p_.v) + a, load_as(dtype_, from, lanes_left(a, m_.A)));
+      }
+    }
+    if (m_.score == Score::kDot) {
+      for (int64_t s = 0; s < n; ++s) float_row(m_.keys.at(b, s), dtype_, m_.A, key(b, s));
+    } else {
+      const bool direct = !factors<false>(b, n) && factors<true>(b, n);
+      floats(p_.direct)[b] = direct ? 1.0f : 0.0f;
+    }
+    const int64_t whole = round_up(m_.A, kLanes);
+    for (int64_t s = n; s < p_.padded; ++s)
+      std::memset(key(b, s), 0, static_cast<size_t>(whole * 4));
+  }
+
+  // Rows of 2k for a query that is itself out of range, whose sentence's keys are factors.
+  void direct_keys(int64_t b, int64_t first, int64_t count, float* to) const {
+    for (int64_t i = 0; i < kKeyBlock; ++i) {
+      float* const row = to + i * p_.stride;
+      if (i < count) {
+        factor_row<true>(dtype_, m_.keys.at(b, first + i), m_.A, nullptr, nullptr, row);
+      } else {
+        std::memset(row, 0, static_cast<size_t>(round_up(m_.A, kLanes) * 4));
+      }
+    }
+  }
+
+ private:
+  float* floats(int64_t place) const { return reinterpret_cast<float*>(work_ + place); }
+  template <bool direct>
+  bool factors(int64_t b, int64_t n) const {
+    bool good = true;
+    for (int64_t s = 0; s < n; ++s) {
+      good &= factor_row<direct>(dtype_, m_.keys.at(b, s), m_.A, nullptr, nullptr, key(b, s));
+    }
+    return good;
+  }
+
+  const Memory& m_;
+  const Format dtype_;
+  char* const work_;
+  const MemoryPlaces p_;
+};
+
+}  // namespace ENCDEC_ISA_NAMESPACE
+}  // namespace encdec::decoder

@@ -1,0 +1,252 @@
+"""A recurrent decoder with attention and input feeding: a step, and all steps of a known target."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from encdec_fast.backends import Description
+from encdec_fast.nn.additive_attention import AdditiveAttention, Lengths
+from encdec_fast.nn.cells import GRUCell, LSTMCell
+from encdec_fast.nn.location_attention import LocationAttention
+from encdec_fast.nn.luong_attention import LuongAttention
+from encdec_fast.ops.attention_decoder import attention_decoder, describe
+
+# (h, c, context) of an LSTM, (h, context) of a GRU; (B, H), (B, H), (B, M)
+State = tuple[Tensor, ...]
+_CELLS: dict[str, Any] = {"lstm": LSTMCell, "gru": GRUCell}
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+
+
+def _is_watched(module: nn.Module) -> bool:
+    """Whether a hook or another forward is to see the calls of some submodule."""
+    for part in module.modules():
+        if "forward" in part.__dict__ or any(part.__dict__.get(name) for name in _HOOKS):
+            return True
+    return False
+
+
+class AttentionDecoderCell(nn.Module):
+    """One step: a recurrent cell over [input; context of the step before], then attention.
+
+    attention: AdditiveAttention or LuongAttention of query_size hidden_size and of memory_size, or
+        a module that is called like them; or a LocationAttention, whose context is computed first,
+        from the input and the state of the step before, and enters the same step.
+    cell: "lstm" or "gru".
+
+    Submodules: cell (LSTMCell or GRUCell, input_size + memory_size to hidden_size) and attention.
+    The same step in plain torch:
+
+        h, c = cell(torch.cat([input, context], -1), (h, c))
+        context = attention(h.unsqueeze(1), memory).squeeze(1)
+        output = torch.cat([h, context], -1)
+
+    Luong, Pham and Manning, 2015 (arXiv:1508.04025), section 3.3, with the context itself fed.
+    """
+
+    def __init__(
+        self,
+        input_size: int,
+        hidden_size: int,
+        memory_size: int,
+        attention: nn.Module,
+        cell: str = "lstm",
+        bias: bool = True,
+        device: Any = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        if cell not in _CELLS:
+            raise ValueError(f"cell must be 'lstm' or 'gru', but it is {cell!r}")
+        self.input_size, self.hidden_size = input_size, hidden_size
+        self.memory_size, self.kind = memory_size, cell
+        size = input_size + memory_size
+        self.cell = _CELLS[cell](size, hidden_size, bias, device=device, dtype=dtype)
+        self.attention = attention
+
+    def extra_repr(self) -> str:
+        return f"{self.input_size}, {self.hidden_size}, {self.memory_size}"
+
+    def first_state(self, input: Tensor, state: Any = None) -> State:
+        """The state before the first step, for rows as input has.
+
+        state: None (zeros), the encoder's final h or (h, c), or a whole state. RuntimeError if it
+        has another number of parts.
+        """
+        rows = input.shape[0]
+        parts = (state,) if isinstance(state, Tensor) else tuple(state or ())
+        sizes = [self.hidden_size] * (2 if self.kind == "lstm" else 1) + [self.memory_size]
+        if len(parts) not in (0, len(sizes) - 1, len(sizes)):
+            raise RuntimeError(
+                f"AttentionDecoder: state must be {len(sizes) - 1} tensors, or {len(sizes)} with "
+                f"the context, but it is {len(parts)}"
+            )
+        missing = sizes[len(parts) :]
+        return parts + tuple(input.new_zeros(rows, size) for size in missing)
+
+    def project_memory(self, memory: Tensor) -> Tensor | None:
+        """The keys of a memory, once for all steps; None where the attention has none."""
+        project = getattr(self.attention, "project_memory", None)
+        keys: Tensor | None = None if project is None else project(memory)
+        return keys
+
+    def _attend(self, given: list[Tensor], memory: Tensor, lengths: Lengths, **options: Any) -> Any:
+        """(context, weights) of one query per row; the beams of a sentence are its queries."""
+        queries = [
+            rows.unflatten(0, (memory.shape[0], -1)) if memory.shape[0] else rows.unsqueeze(1)
+            for rows in given
+        ]
+        context, weights = self.attention(*queries, memory, lengths, True, **options)
+        return context.flatten(0, 1), weights.flatten(0, 1)
+
+    def forward(
+        self,
+        input: Tensor,
+        memory: Tensor,
+        state: Any = None,
+        memory_lengths: Lengths = None,
+        need_weights: bool = False,
+        *,
+        keys: Tensor | None = None,
+    ) -> Any:
+        """(output, state), and with need_weights (output, state, weights).
+
+        input: (B, input_size), or (B beams, input_size): the beams of a sentence lie one behind the
+        other and share its memory (B, S, memory_size). state: as for `first_state`. keys: what
+        `project_memory` returned for this memory. Returns the output (rows, hidden_size +
+        memory_size), the new state, and weights (rows, S). RuntimeError for sizes that do not fit.
+        """
+        if memory.shape[0] and input.shape[0] % memory.shape[0]:
+            raise RuntimeError(
+                f"AttentionDecoderCell: input has {input.shape[0]} rows, which is no multiple of "
+                f"the {memory.shape[0]} sentences of memory"
+            )
+        state = self.first_state(input, state)
+        hx = state[:-1] if self.kind == "lstm" else state[0]
+        first = isinstance(self.attention, LocationAttention)
+        context = state[-1]
+        if first:
+            context, weights = self._attend([input, state[0]], memory, memory_lengths)
+        new = self.cell(torch.cat([input, context], dim=1), hx)
+        new = new if self.kind == "lstm" else (new,)
+        if not first:
+            keys = self.project_memory(memory) if keys is None else keys
+            options = {} if keys is None else {"keys": keys}
+            context, weights = self._attend([new[0]], memory, memory_lengths, **options)
+        output = torch.cat([new[0], context], dim=1)
+        found = (output, (*new, context))
+        return (*found, weights) if need_weights else found
+
+
+class AttentionDecoder(nn.Module):
+    """All steps of a known target (teacher forcing), as one op forward and backward.
+
+    Arguments and the one submodule, cell, are AttentionDecoderCell's: what was trained here decodes
+    there, step by step. With AdditiveAttention (without coverage) and LuongAttention (without
+    output_size) the steps are one call of `encdec_fast.ops.attention_decoder`; with any other
+    attention, or hooks on a submodule, the cell runs step by step.
+    """
+
+    def __init__(
+        self,
+        input_size: int,
+        hidden_size: int,
+        memory_size: int,
+        attention: nn.Module,
+        cell: str = "lstm",
+        bias: bool = True,
+        device: Any = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        sizes = (input_size, hidden_size, memory_size)
+        where = {"device": device, "dtype": dtype}
+        self.cell = AttentionDecoderCell(*sizes, attention, cell, bias, **where)
+
+    def forward(
+        self,
+        input: Tensor,
+        memory: Tensor,
+        state: Any = None,
+        memory_lengths: Lengths = None,
+        need_weights: bool = False,
+    ) -> Any:
+        """(output, state), and with need_weights (output, state, weights).
+
+        input: (B, T, input_size), the target's embeddings. memory: (B, S, memory_size). state: None
+        (zeros), the encoder's final h or (h, c), each (B, hidden_size), or these and a context.
+        memory_lengths: int64 (B) on the CPU, or a list, each from 0 to S. Returns the output
+        (B, T, hidden_size + memory_size), h and context side by side; the state after the last
+        step, (h, c, context) or for a GRU (h, context); weights (B, T, S). RuntimeError for sizes
+        that do not fit.
+        """
+        state = self.cell.first_state(input, state)
+        arguments = self._arguments(input, memory, state, memory_lengths)
+        if arguments is None:
+            return self._steps(input, memory, state, memory_lengths, need_weights)
+        tensors, options = arguments
+        output, c_n, *weights = attention_decoder(*tensors, **options, need_weights=need_weights)
+        if input.shape[1] > 0:
+            last = output[:, -1].split([self.cell.hidden_size, self.cell.memory_size], dim=1)
+            state = (last[0], c_n, last[1]) if self.cell.kind == "lstm" else last
+        return (output, state, *weights)
+
+    def _arguments(
+        self, input: Tensor, memory: Tensor, state: State, memory_lengths: Lengths
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        """The arguments of the op, or None where the steps must be taken one at a time."""
+        attention: Any = self.cell.attention
+        kind, cell = type(attention), self.cell.cell
+        if not isinstance(cell, (nn.LSTMCell, nn.GRUCell)) or _is_watched(self.cell):
+            return None
+        if type(cell) not in (nn.LSTMCell, nn.GRUCell, LSTMCell, GRUCell):
+            return None
+        query_weight = score_weight = None
+        if kind is AdditiveAttention and not attention.coverage:
+            query_weight, score_weight = attention.query_proj.weight, attention.score.weight[0]
+        elif kind is LuongAttention and attention.output_size is None:
+            if attention.score == "concat":
+                query_weight = attention.query_proj.weight
+                score_weight = attention.score_proj.weight[0]
+        else:
+            return None
+        h, c = state[0], state[1] if self.cell.kind == "lstm" else None
+        biases = (cell.bias_ih, cell.bias_hh) if cell.bias else (None, None)
+        keys = attention.project_memory(memory)
+        weights = (cell.weight_ih, cell.weight_hh, *biases, query_weight, score_weight)
+        tensors = (input, h, c, state[-1], keys, memory, *weights, memory_lengths)
+        return tensors, {"cell": self.cell.kind}
+
+    def _steps(
+        self,
+        input: Tensor,
+        memory: Tensor,
+        state: State,
+        memory_lengths: Lengths,
+        need_weights: bool,
+    ) -> Any:
+        keys = self.cell.project_memory(memory)
+        outputs, weights = [], []
+        for x in input.unbind(1):
+            output, state, weight = self.cell(x, memory, state, memory_lengths, True, keys=keys)
+            outputs.append(output)
+            weights.append(weight)
+        if not outputs:
+            B, width = input.shape[0], self.cell.hidden_size + self.cell.memory_size
+            nothing = input.new_zeros(B, 0, width), state, input.new_zeros(B, 0, memory.shape[1])
+            return nothing if need_weights else nothing[:2]
+        found = (torch.stack(outputs, dim=1), state)
+        return (*found, torch.stack(weights, dim=1)) if need_weights else found
+
+    def _encdec_fast_describe(
+        self, input: Tensor, memory: Tensor, state: Any = None, memory_lengths: Lengths = None
+    ) -> Description:
+        """What `explain` asks of a module."""
+        state = self.cell.first_state(input, state)
+        arguments = self._arguments(input, memory, state, memory_lengths)
+        if arguments is None:
+            raise TypeError("explain: the decoder runs its cell step by step; ask about the cell's")
+        tensors, options = arguments
+        return describe(*tensors, **options)

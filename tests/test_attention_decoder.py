@@ -1,0 +1,451 @@
+"""The attention decoder over a known target: the op on every backend, and its module."""
+
+from __future__ import annotations
+
+import pickle
+from copy import deepcopy as copy_module
+from typing import Any
+
+import pytest
+import torch
+from helpers import assert_as_good, poison, two_threads
+from torch import Tensor, nn
+from torch.library import opcheck
+
+import encdec_fast
+from encdec_fast import explain, use_backend
+from encdec_fast.ops import attention_decoder
+from encdec_fast.ops.attention_decoder import GATES, reference
+
+DTYPES = [torch.float32, torch.bfloat16]
+# B, T, S, I, H, A, M
+SHAPES = {
+    "one of each": (1, 1, 1, 1, 1, 1, 1),
+    "even": (2, 3, 4, 2, 6, 4, 8),
+    "odd": (3, 4, 7, 5, 19, 11, 13),
+    "one sentence": (1, 6, 30, 16, 32, 24, 20),
+    "larger": (5, 9, 50, 33, 70, 48, 66),
+    "long": (2, 40, 20, 16, 34, 32, 16),
+}
+CELLS = pytest.mark.parametrize("cell", ["lstm", "gru"])
+KINDS = ("additive", "general", "dot")
+ALL_KINDS = pytest.mark.parametrize("kind", KINDS)
+ALL_SHAPES = pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+
+
+def make(
+    shape: tuple[int, ...], cell: str, kind: str, dtype: torch.dtype, grad: bool = False
+) -> dict[str, Any]:
+    """The op's arguments."""
+    B, T, S, I, H, A, M = shape
+    A = H if kind == "dot" else A
+    G = GATES[cell]
+    sizes = {
+        "input": (B, T, I),
+        "h0": (B, H),
+        "c0": (B, H),
+        "context0": (B, M),
+        "keys": (B, S, A),
+        "values": (B, S, M),
+        "weight_ih": (G * H, I + M),
+        "weight_hh": (G * H, H),
+        "bias_ih": (G * H,),
+        "bias_hh": (G * H,),
+        "query_weight": (A, H),
+        "score_weight": (A,),
+    }
+    given: dict[str, Any] = {}
+    for name, size in sizes.items():
+        scale = size[-1] ** -0.5 if "weight" in name and name != "score_weight" else 1.0
+        given[name] = (torch.randn(size) * scale).to(dtype).requires_grad_(grad)
+    if cell == "gru":
+        given["c0"] = None
+    if kind == "dot":
+        del given["query_weight"]
+    if kind != "additive":
+        del given["score_weight"]
+        given["scale"] = 0.4
+    lengths = torch.randint(0, S + 1, (B,))
+    lengths[-1] = S
+    return {**given, "memory_lengths": lengths, "cell": cell}
+
+
+def copy(given: dict[str, Any], dtype: torch.dtype) -> dict[str, Any]:
+    return {
+        name: t.detach().to(dtype, copy=True).requires_grad_(t.requires_grad)
+        if isinstance(t, Tensor) and t.is_floating_point()
+        else t
+        for name, t in given.items()
+    }
+
+
+def leaves(given: dict[str, Any]) -> list[Tensor]:
+    return [t for t in given.values() if isinstance(t, Tensor) and t.is_floating_point()]
+
+
+def gradients(results: Any, given: dict[str, Any], seeds: list[Tensor]) -> list[Tensor]:
+    total = sum((r * s.to(r.dtype)).sum() for r, s in zip(results, seeds, strict=True))
+    return list(torch.autograd.grad(total, leaves(given)))
+
+
+@ALL_SHAPES
+@CELLS
+@ALL_KINDS
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.float16], ids=str)
+def test_forward(shape: Any, cell: str, kind: str, dtype: torch.dtype, native: None) -> None:
+    given = make(shape, cell, kind, dtype)
+    with torch.no_grad(), two_threads():
+        truth, theirs = reference(**copy(given, torch.float64)), reference(**given)
+        with use_backend("cpu"):
+            poison()
+            found = attention_decoder(**given, need_weights=True)
+            output, c_n = attention_decoder(**given)
+    assert torch.equal(output, found[0]) and torch.equal(c_n, found[1])
+    assert_as_good(list(found), list(theirs), list(truth), 2.0)
+
+
+@ALL_SHAPES
+@CELLS
+@ALL_KINDS
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_gradients(shape: Any, cell: str, kind: str, dtype: torch.dtype, native: None) -> None:
+    given = make(shape, cell, kind, dtype, grad=True)
+    theirs, truth = copy(given, dtype), copy(given, torch.float64)
+    expected, exact = reference(**theirs), reference(**truth)
+    seeds = [torch.randn(result.shape) for result in exact]
+    with two_threads(), use_backend("cpu"):
+        poison()
+        found = attention_decoder(**given, need_weights=True)
+        ours = gradients(found, given, seeds)
+    assert_as_good(ours, gradients(expected, theirs, seeds), gradients(exact, truth, seeds), 3.0)
+
+
+@CELLS
+@ALL_KINDS
+@pytest.mark.parametrize("part", [0, 1, 2])
+def test_gradient_of_one_result(cell: str, kind: str, part: int, native: None) -> None:
+    if cell == "gru" and part == 1:
+        pytest.skip("a GRU has no c")
+    given = make(SHAPES["odd"], cell, kind, torch.float32, grad=True)
+    truth = copy(given, torch.float64)
+    seed = torch.randn(reference(**truth)[part].shape)
+    found = attention_decoder(**given, need_weights=True)[part]
+    exact = reference(**truth)[part]
+    for a, b in zip(
+        torch.autograd.grad((found * seed).sum(), leaves(given), allow_unused=True),
+        torch.autograd.grad((exact * seed).sum(), leaves(truth), allow_unused=True),
+        strict=True,
+    ):
+        b = torch.zeros(()) if b is None else b
+        torch.testing.assert_close(a.double(), b.double().expand(a.shape), rtol=1e-4, atol=1e-5)
+
+
+def test_numbers_too_large_for_factors(native: None) -> None:
+    """Keys and queries beyond the range of e^2q e^2k: the sum takes the product's place."""
+    given = make(SHAPES["larger"], "lstm", "additive", torch.float32, grad=True)
+    with torch.no_grad():
+        given["keys"][1] *= 40
+        given["query_weight"] *= 60
+    theirs, truth = copy(given, torch.float32), copy(given, torch.float64)
+    found = attention_decoder(**given, need_weights=True)
+    expected, exact = reference(**theirs), reference(**truth)
+    assert_as_good(list(found), list(expected), list(exact), 2.0, relative=1e-6)
+    seeds = [torch.randn(result.shape) for result in exact]
+    assert_as_good(
+        gradients(found, given, seeds),
+        gradients(expected, theirs, seeds),
+        gradients(exact, truth, seeds),
+        3.0,
+        relative=1e-6,
+    )
+
+
+@CELLS
+@ALL_KINDS
+def test_gradcheck(cell: str, kind: str) -> None:
+    given = make((2, 3, 4, 2, 3, 3, 2), cell, kind, torch.float64, grad=True)
+    names = [name for name, t in given.items() if isinstance(t, Tensor) and t.is_floating_point()]
+
+    def function(*tensors: Tensor) -> Any:
+        named = {**given, **dict(zip(names, tensors, strict=True))}
+        found = attention_decoder(**named, need_weights=True)
+        return found if cell == "lstm" else found[::2]
+
+    assert torch.autograd.gradcheck(function, leaves(given))
+    assert torch.autograd.gradgradcheck(function, leaves(given))
+
+
+@CELLS
+def test_double_backward(cell: str, native: None) -> None:
+    given = make(SHAPES["even"], cell, "additive", torch.float32, grad=True)
+
+    def second(call: Any) -> list[Tensor]:
+        first = torch.autograd.grad(
+            sum(r.square().sum() for r in call(**given)[:2]), leaves(given), create_graph=True
+        )
+        return list(torch.autograd.grad(sum(g.square().sum() for g in first), leaves(given)))
+
+    for a, b in zip(second(attention_decoder), second(reference), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-3)
+
+
+@CELLS
+@pytest.mark.parametrize("grad", [False, True])
+@pytest.mark.parametrize("kind", ["additive", "dot"])
+def test_opcheck(cell: str, grad: bool, kind: str) -> None:
+    given = make(SHAPES["even"], cell, kind, torch.float32, grad=grad)
+    order = [*list(make(SHAPES["even"], cell, "additive", torch.float32))[:12], "memory_lengths"]
+    tensors = [given.get(name) for name in order]
+    ops = torch.ops.encdec_fast
+    op = ops.attention_decoder_train if grad else ops.attention_decoder
+    opcheck(op, (*tensors, cell, 0.4, True))
+
+
+@pytest.mark.parametrize("grad", [False, True])
+def test_compile(grad: bool) -> None:
+    given = make(SHAPES["even"], "lstm", "additive", torch.float32, grad=grad)
+    compiled = torch.compile(
+        lambda **t: attention_decoder(**t), fullgraph=True, backend="aot_eager"
+    )
+    found, expected = compiled(**given), attention_decoder(**given)
+    torch.testing.assert_close(found, expected)
+    if grad:
+        seeds = [torch.randn_like(r) for r in expected]
+        ours, theirs = (gradients(r, given, seeds) for r in (found, expected))
+        for a, b in zip(ours, theirs, strict=True):
+            torch.testing.assert_close(a, b)
+
+
+def test_the_same_numbers_on_any_number_of_threads(native: None) -> None:
+    given = make(SHAPES["larger"], "lstm", "additive", torch.float32, grad=True)
+    found = []
+    for threads in (1, 2, 5):
+        torch.set_num_threads(threads)
+        results = attention_decoder(**given)
+        found.append([*results, *gradients(results, given, [torch.ones_like(r) for r in results])])
+    torch.set_num_threads(1)
+    for others in found[1:]:
+        for a, b in zip(found[0], others, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+
+
+@CELLS
+@ALL_KINDS
+def test_sentences_one_at_a_time(cell: str, kind: str, native: None) -> None:
+    given = make(SHAPES["larger"], cell, kind, torch.float32)
+    output, _ = attention_decoder(**given)
+    rows = ("input", "h0", "c0", "context0", "keys", "values")
+    for b, n in enumerate(given["memory_lengths"].tolist()):
+        own = dict(given, memory_lengths=None)
+        for name in rows:
+            own[name] = None if given[name] is None else given[name][b : b + 1]
+        own["keys"], own["values"] = own["keys"][:, :n], own["values"][:, :n]
+        torch.testing.assert_close(
+            attention_decoder(**own)[0], output[b : b + 1], rtol=1e-4, atol=1e-5
+        )
+
+
+def test_padding_is_not_read(native: None) -> None:
+    given = make(SHAPES["larger"], "lstm", "additive", torch.float32, grad=True)
+    padding = torch.arange(SHAPES["larger"][2]) >= given["memory_lengths"].unsqueeze(1)
+    found = []
+    for fill in (0.0, torch.nan):
+        spoiled = copy(given, torch.float32)
+        with torch.no_grad():
+            for part in ("keys", "values"):
+                spoiled[part][padding] = fill
+        results = attention_decoder(**spoiled)
+        found.append(
+            [*results, *gradients(results, spoiled, [torch.ones_like(r) for r in results])]
+        )
+    for a, b in zip(*found, strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("sizes", [(0, 3, 4), (2, 0, 4), (2, 3, 0)], ids=str)
+@pytest.mark.parametrize("kind", ["additive", "dot"])
+def test_nothing_there(sizes: tuple[int, ...], kind: str) -> None:
+    given = make((*sizes, 5, 6, 7, 8), "lstm", kind, torch.float32, grad=True) if sizes[0] else None
+    if given is None:
+        given = make((1, *sizes[1:], 5, 6, 7, 8), "lstm", kind, torch.float32, grad=True)
+        for name in ("input", "h0", "c0", "context0", "keys", "values"):
+            given[name] = given[name][:0].detach().requires_grad_()
+        given["memory_lengths"] = None
+    output, c_n = attention_decoder(**given)
+    assert output.shape == (sizes[0], sizes[1], 6 + 8)
+    assert c_n.shape == (sizes[0], 6)
+    (output.sum() + c_n.sum()).backward()
+
+
+def test_explain(native: None) -> None:
+    given = make(SHAPES["even"], "gru", "general", torch.float32)
+    found = explain(attention_decoder, **given)
+    assert found.backend == "cpu" and "gru B=2 T=3" in str(found)
+    given["input"].requires_grad_()
+    assert explain(attention_decoder, **given).backend == "cpu"
+    half = copy(given, torch.float16)
+    assert explain(attention_decoder, **half).backend == "reference"
+
+
+BAD: dict[str, dict[str, Any]] = {
+    "rank": {"input": torch.randn(2, 5)},
+    "batch": {"h0": torch.randn(3, 6)},
+    "context": {"context0": torch.randn(2, 9)},
+    "keys": {"keys": torch.randn(2, 4, 9)},
+    "keys and values": {"values": torch.randn(2, 5, 8)},
+    "no c0": {"c0": None},
+    "weight_ih": {"weight_ih": torch.randn(24, 5)},
+    "weight_hh": {"weight_hh": torch.randn(18, 6)},
+    "one bias": {"bias_ih": None},
+    "query_weight": {"query_weight": torch.randn(6, 7)},
+    "no query_weight": {"query_weight": None},
+    "score_weight": {"score_weight": torch.randn(6)},
+    "dtype": {"values": torch.randn(2, 4, 8).double()},
+    "device": {"values": torch.randn(2, 4, 8, device="meta")},
+    "length": {"memory_lengths": [5, 4]},
+    "negative length": {"memory_lengths": [-1, 4]},
+    "few lengths": {"memory_lengths": [4]},
+}
+
+
+@pytest.mark.parametrize("changed", BAD.values(), ids=BAD)
+def test_bad_input(changed: dict[str, Any]) -> None:
+    given = make((2, 3, 4, 5, 6, 7, 8), "lstm", "additive", torch.float32)
+    with pytest.raises(RuntimeError, match=r"attention_decoder|memory_lengths"):
+        attention_decoder(**{**given, **changed})
+    with pytest.raises(ValueError, match="cell"):
+        attention_decoder(**{**given, "cell": "rnn"})
+
+
+# The modules.
+
+
+def attention_of(kind: str, H: int = 6, M: int = 5) -> nn.Module:
+    ours = encdec_fast.nn
+    made: dict[str, Any] = {
+        "additive": lambda: ours.AdditiveAttention(H, M, 7),
+        "coverage": lambda: ours.AdditiveAttention(H, M, 7, coverage=True),
+        "general": lambda: ours.LuongAttention(H, M),
+        "concat": lambda: ours.LuongAttention(H, M, "concat", 9),
+        "dot": lambda: ours.LuongAttention(H, H, "dot"),
+        "location": lambda: ours.LocationAttention(4, H, 8),
+    }
+    module: nn.Module = made[kind]()
+    return module
+
+
+MODULES = pytest.mark.parametrize("kind", ["additive", "general", "concat", "dot", "location"])
+
+
+@CELLS
+@MODULES
+@pytest.mark.parametrize("grad", [False, True])
+def test_module(cell: str, kind: str, grad: bool) -> None:
+    """The same network, written with torch.nn's cell, a step at a time."""
+    M = 6 if kind == "dot" else 5
+    decoder = encdec_fast.nn.AttentionDecoder(4, 6, M, attention_of(kind, 6, M), cell)
+    own = (nn.LSTMCell if cell == "lstm" else nn.GRUCell)(4 + M, 6)
+    own.load_state_dict(decoder.cell.cell.state_dict())
+    attend = decoder.cell.attention
+    input, memory = torch.randn(3, 5, 4), torch.randn(3, 8, M)
+    first = [torch.randn(3, 6) for _ in range(2 if cell == "lstm" else 1)]
+    lengths = torch.tensor([8, 3, 5])
+    with torch.set_grad_enabled(grad):
+        output, state, weights = decoder(input, memory, tuple(first), lengths, True)
+        hx: Any = tuple(first) if cell == "lstm" else first[0]
+        context = torch.zeros(3, M)
+        for t in range(5):
+            h = hx[0] if cell == "lstm" else hx
+            if kind == "location":
+                found, weight = attend(input[:, t : t + 1], h[:, None], memory, lengths, True)
+                context, weight = found.squeeze(1), weight.squeeze(1)
+            hx = own(torch.cat([input[:, t], context], 1), hx)
+            h = hx[0] if cell == "lstm" else hx
+            if kind != "location":
+                found, weight = attend(h.unsqueeze(1), memory, lengths, True)
+                context, weight = found.squeeze(1), weight.squeeze(1)
+            expected = torch.cat([h, context], 1)
+            torch.testing.assert_close(output[:, t], expected, rtol=1e-4, atol=1e-5)
+            torch.testing.assert_close(weights[:, t], weight, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(state[0], h, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(state[-1], context, rtol=1e-4, atol=1e-5)
+    if cell == "lstm":
+        torch.testing.assert_close(state[1], hx[1], rtol=1e-4, atol=1e-5)
+
+
+@CELLS
+@MODULES
+def test_cell_goes_on_where_the_decoder_stops(cell: str, kind: str) -> None:
+    M = 6 if kind == "dot" else 5
+    decoder = encdec_fast.nn.AttentionDecoder(4, 6, M, attention_of(kind, 6, M), cell)
+    input, memory = torch.randn(2, 5, 4), torch.randn(2, 8, M)
+    whole, end, weights = decoder(input, memory, need_weights=True)
+    _, state = decoder(input[:, :3], memory)
+    for t in (3, 4):
+        output, state, weight = decoder.cell(input[:, t], memory, state, None, True)
+        torch.testing.assert_close(output, whole[:, t], rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(weight, weights[:, t], rtol=1e-4, atol=1e-5)
+    for a, b in zip(state, end, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+    # Beams of a sentence share its memory.
+    beams = tuple(part.repeat_interleave(3, 0) for part in state)
+    x = torch.randn(6, 4)
+    output, _, weight = decoder.cell(x, memory, beams, [8, 6], True)
+    alone = decoder.cell(x, memory.repeat_interleave(3, 0), beams, [8, 8, 8, 6, 6, 6], True)
+    torch.testing.assert_close(output, alone[0], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(weight, alone[2], rtol=1e-4, atol=1e-5)
+
+
+def test_what_a_module_runs(native: None) -> None:
+    decoder = encdec_fast.nn.AttentionDecoder(4, 6, 5, attention_of("additive"))
+    arguments = (torch.randn(2, 3, 4), torch.randn(2, 7, 5))
+    assert explain(decoder, *arguments).backend == "cpu"
+    expected = decoder(*arguments)[0]
+    seen = []
+    decoder.cell.cell.register_forward_hook(lambda *_: seen.append(1))
+    with pytest.raises(TypeError, match="step by step"):
+        explain(decoder, *arguments)
+    torch.testing.assert_close(decoder(*arguments)[0], expected, rtol=1e-4, atol=1e-5)
+    assert len(seen) == 3
+
+
+def test_module_state_and_errors() -> None:
+    decoder = encdec_fast.nn.AttentionDecoder(4, 6, 5, attention_of("additive"))
+    names = {"weight_ih", "weight_hh", "bias_ih", "bias_hh"}
+    assert {n.removeprefix("cell.cell.") for n in decoder.state_dict() if ".cell." in n} == names
+    cell = encdec_fast.nn.AttentionDecoderCell(4, 6, 5, attention_of("additive"))
+    cell.load_state_dict({n.removeprefix("cell."): t for n, t in decoder.state_dict().items()} | {})
+    x, memory = torch.randn(2, 3, 4), torch.randn(2, 7, 5)
+    again = pickle.loads(pickle.dumps(decoder))
+    torch.testing.assert_close(again(x, memory)[0], copy_module(decoder)(x, memory)[0])
+    assert decoder(x[:, :0], memory)[0].shape == (2, 0, 11)
+    assert decoder(x, memory[:, :0])[0].shape == (2, 3, 11)
+    with pytest.raises(ValueError, match="cell"):
+        encdec_fast.nn.AttentionDecoder(4, 6, 5, attention_of("additive"), "rnn")
+    with pytest.raises(RuntimeError, match="state"):
+        decoder(x, memory, (torch.zeros(2, 6),))
+    with pytest.raises(RuntimeError, match="multiple"):
+        decoder.cell(torch.randn(3, 4), memory)
+    with pytest.raises(RuntimeError):
+        decoder(torch.randn(2, 3, 5), memory)
+
+
+@pytest.mark.parametrize("grad", [False, True])
+def test_module_compiles(grad: bool) -> None:
+    decoder = encdec_fast.nn.AttentionDecoder(4, 6, 5, attention_of("additive"))
+    x, memory = torch.randn(2, 3, 4), torch.randn(2, 7, 5)
+    compiled = torch.compile(decoder, fullgraph=True, backend="aot_eager")
+    with torch.set_grad_enabled(grad):
+        torch.testing.assert_close(compiled(x, memory), decoder(x, memory))
+
+
+def test_module_exports_with_dynamic_sizes() -> None:
+    decoder = encdec_fast.nn.AttentionDecoder(4, 6, 5, attention_of("general")).eval()
+    B, T, S = (torch.export.Dim(name, min=2, max=50) for name in "BTS")
+    example = (torch.randn(3, 4, 4), torch.randn(3, 7, 5))
+    with torch.no_grad():
+        program = torch.export.export(
+            decoder, example, dynamic_shapes={"input": {0: B, 1: T}, "memory": {0: B, 1: S}}
+        )
+        other = (torch.randn(2, 9, 4), torch.randn(2, 5, 5))
+        torch.testing.assert_close(program.module()(*other), decoder(*other))
