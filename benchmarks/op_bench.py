@@ -15,13 +15,17 @@ from pytest_benchmark.fixture import BenchmarkFixture
 
 from benchmarks import allocator, op_suite
 from benchmarks.machine import Ceilings
-from benchmarks.op_cases import SUITES, OpCase
+from benchmarks.op_case import OpCase
+from benchmarks.op_cases import SUITES
 from benchmarks.replay import ReplayTimer, nothing
 
 CONTENDERS = {
     "additive_attention": ("torch", "torch.compile", "encdec_fast"),
     "attention": ("torch", "encdec_fast"),
     "linear": ("torch", "encdec_fast", "encdec_fast C++ call"),
+    "transformer_encoder": ("torch", "encdec_fast"),
+    "attention_decoder": ("torch", "encdec_fast"),
+    "gated_bridge": ("torch", "encdec_fast"),
 }
 
 

@@ -8,25 +8,22 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 import encdec_fast
-from benchmarks.cases import WEIGHT_BYTES, DType
+from benchmarks import network_cases
+from benchmarks.op_case import Contender, Op, OpCase, Results, Work, gradients, inference, training
 from encdec_fast.ops import additive_attention, attention, linear
 from encdec_fast.ops._cpu import FORMATS
 from encdec_fast.ops._packing import kept
 from encdec_fast.ops.additive_attention import reference as additive_reference
 from encdec_fast.ops.attention import reference as attention_reference
 from encdec_fast.ops.linear import make_pack
-
-Op = Literal["additive_attention", "attention", "linear"]
-Results = dict[str, Tensor]
 
 ADDITIVE_SHAPES = ((32, 1, 50, 512), (32, 50, 50, 512), (8, 128, 512, 512))  # B, Tq, S, A
 # B, H, Tq, S, D
@@ -38,70 +35,6 @@ ATTENTION_SHAPES = (
 )
 LINEAR_ROWS = (1, 8, 32, 128, 640)
 LINEAR_SIZES = (512, 2048)
-
-
-@dataclass(frozen=True)
-class OpCase:
-    """shape: B, Tq, S, A of additive attention; B, H, Tq, S, D of attention; M, N, K of linear.
-
-    variant: of attention: "" all keys, "padded" lengths from a quarter of S to S, as a mask for
-    torch; "weights" returned too.
-    """
-
-    op: Op
-    dtype: DType
-    shape: tuple[int, ...]
-    training: bool = False
-    variant: str = ""
-
-    @property
-    def id(self) -> str:
-        """A name that is unique and safe in a pytest id."""
-        shape = "-".join(map(str, self.shape))
-        name = f"{self.op}-{self.dtype}-{shape}" + ("-training" if self.training else "")
-        return name + (f"-{self.variant}" if self.variant else "")
-
-    @property
-    def flops(self) -> int:
-        """Operations of the products; additive attention: six for each of its (Tq, S, A) elements.
-
-        Those six are what an element cannot be had for less than with both exponentials given: a
-        multiply-add, a reciprocal (two with its correction) and a multiply-add. Backward: 14.
-        """
-        if self.op == "linear":
-            m, n, k = self.shape
-            return 2 * m * n * k
-        if self.op == "attention":
-            b, h, tq, s, d = self.shape
-            projections = 8 * b * tq * (h * d) ** 2 if self.variant == "weights" else 0
-            return 4 * b * h * tq * s * d + projections
-        b, tq, s, a = self.shape
-        context = 2 * b * tq * s * a
-        elements = b * tq * s * a
-        return (20 if self.training else 6) * elements + (3 if self.training else 1) * context
-
-    @property
-    def weight_bytes(self) -> int:
-        """Bytes of a linear layer's weight as it is held."""
-        return self.shape[1] * self.shape[2] * WEIGHT_BYTES[self.dtype]
-
-
-@dataclass
-class Contender:
-    """name: "encdec_fast" is ours, "encdec_fast C++ call" the op without Python's part of it."""
-
-    name: str
-    call: Callable[[], Any]
-    results: Callable[[Any], Results]
-
-
-@dataclass
-class Work:
-    """The contenders of a case and the right answer, in float64."""
-
-    contenders: list[Contender]
-    right: Results
-    keep: list[Any] = field(default_factory=list)
 
 
 def _additive(case: OpCase) -> Work:
@@ -124,11 +57,9 @@ def _additive(case: OpCase) -> Work:
     for name, function in functions.items():
         if case.training:
             own = [leaf.clone().requires_grad_() for leaf in leaves]
-            contenders.append(Contender(name, _training(function, own, grad), _gradients))
+            contenders.append(Contender(name, training(function, own, grad), gradients))
         else:
-            contenders.append(
-                Contender(name, _inference(function, leaves), lambda y: {"output": y})
-            )
+            contenders.append(Contender(name, inference(function, leaves), lambda y: {"output": y}))
     right: Results = {}
     exact = [leaf.double().requires_grad_(case.training) for leaf in leaves]
     for row in range(b):  # a sentence at a time: the whole would not fit
@@ -139,35 +70,8 @@ def _additive(case: OpCase) -> Work:
         right.setdefault("output", torch.empty(b, tq, a, dtype=torch.float64))
         right["output"][row] = output.detach()[0]
     if case.training:
-        right = _gradients((right["output"], exact))
+        right = gradients((right["output"], exact))
     return Work(contenders, right)
-
-
-def _inference(function: Callable[..., Tensor], leaves: list[Tensor]) -> Callable[[], Tensor]:
-    def call() -> Tensor:
-        with torch.no_grad():
-            return function(*leaves)
-
-    return call
-
-
-def _training(
-    function: Callable[..., Tensor], leaves: list[Tensor], grad: Tensor
-) -> Callable[[], tuple[Tensor, list[Tensor]]]:
-    def call() -> tuple[Tensor, list[Tensor]]:
-        for leaf in leaves:
-            leaf.grad = None
-        output = function(*leaves)
-        output.backward(grad)
-        return output.detach(), leaves
-
-    return call
-
-
-def _gradients(found: tuple[Tensor, list[Tensor]]) -> Results:
-    output, leaves = found
-    grads = {f"grad_{i}": leaf.grad for i, leaf in enumerate(leaves) if leaf.grad is not None}
-    return {"output": output, **grads}
 
 
 def _attention(case: OpCase) -> Work:
@@ -184,6 +88,8 @@ def _attention(case: OpCase) -> Work:
     exact = [t.double() for t in (q, k, v)]
     right: Results = {"output": F.scaled_dot_product_attention(*exact, attn_mask=mask)}
     calls: dict[str, Callable[[], Any]]
+    if case.variant == "backward":
+        return _attention_backward([q, k, v])
     if case.variant == "weights":
         # torch returns weights from MultiheadAttention only: the same heads behind its projections.
         module = nn.MultiheadAttention(h * d, h, batch_first=True).to(dtype).requires_grad_(False)
@@ -216,6 +122,29 @@ def _attention(case: OpCase) -> Work:
         for name, call in calls.items()
     ]
     return Work(contenders, right)
+
+
+def _attention_backward(tensors: list[Tensor]) -> Work:
+    """Backward alone, again and again on the same forward."""
+    grad = torch.randn_like(tensors[0])
+
+    def contender(function: Callable[..., Tensor], dtype: torch.dtype) -> Callable[[], Results]:
+        leaves = [t.to(dtype).clone().requires_grad_() for t in tensors]
+        output, outer = function(*leaves), grad.to(dtype)
+
+        def call() -> Results:
+            found = torch.autograd.grad(output, leaves, outer, retain_graph=True)
+            return {f"grad_{i}": t for i, t in enumerate(found)}
+
+        return call
+
+    own = tensors[0].dtype
+    functions = {"torch": F.scaled_dot_product_attention, "encdec_fast": attention}
+    contenders = [
+        Contender(name, contender(function, own), lambda found: found)
+        for name, function in functions.items()
+    ]
+    return Work(contenders, contender(F.scaled_dot_product_attention, torch.float64)())
 
 
 def _with_projections(module: nn.MultiheadAttention, plain: bool = False) -> Callable[..., Any]:
@@ -269,6 +198,7 @@ MAKERS: dict[Op, Callable[[OpCase], Work]] = {
     "additive_attention": _additive,
     "attention": _attention,
     "linear": _linear,
+    **network_cases.MAKERS,
 }
 
 SUITES: dict[str, list[OpCase]] = {
@@ -286,6 +216,11 @@ SUITES: dict[str, list[OpCase]] = {
     + [
         OpCase("attention", dtype, (8, 8, 128, 128, 64), variant="weights")
         for dtype in ("float32", "bfloat16")
+    ]
+    + [
+        OpCase("attention", dtype, shape, variant="backward")
+        for dtype in ("float32", "bfloat16")
+        for shape in ATTENTION_SHAPES[:3]
     ],
     "linear": [
         OpCase("linear", dtype, (m, n, k))
@@ -294,4 +229,5 @@ SUITES: dict[str, list[OpCase]] = {
         for n in LINEAR_SIZES
         for k in LINEAR_SIZES
     ],
+    **network_cases.SUITES,
 }

@@ -19,13 +19,21 @@ from rich.progress import track
 
 from benchmarks import machine, sampler, workload
 from benchmarks.machine import Ceilings
-from benchmarks.op_cases import MAKERS, SUITES, OpCase
+from benchmarks.op_case import OpCase
+from benchmarks.op_cases import MAKERS, SUITES
 from benchmarks.report import INTERRUPTED
 from benchmarks.results import NAME, RESULTS
 from benchmarks.sampler import Stats
 from benchmarks.tables import NOISY, Grid, geometric_mean, time_text
 
-AXES = {"linear": "M, N, K", "additive_attention": "B, Tq, S, A", "attention": "B, H, Tq, S, D"}
+AXES = {
+    "linear": "M, N, K",
+    "additive_attention": "B, Tq, S, A",
+    "attention": "B, H, Tq, S, D",
+    "transformer_encoder": "B, T",
+    "attention_decoder": "B, Tq, S, H",
+    "gated_bridge": "B, H",
+}
 OURS, KERNEL = "encdec_fast", "encdec_fast C++ call"
 
 
@@ -105,6 +113,12 @@ def _attention(dtype: str, variants: tuple[str, ...], one: bool) -> Callable[[Op
     )
 
 
+def _encoder(dtype: str, padded: bool) -> Callable[[OpCase], bool]:
+    return lambda c: (
+        c.op == "transformer_encoder" and c.dtype == dtype and (c.variant == "padded") == padded
+    )
+
+
 def _linear(dtype: str, rows: Callable[[int], bool]) -> Callable[[OpCase], bool]:
     return lambda c: c.op == "linear" and c.dtype == dtype and rows(c.shape[0])
 
@@ -143,6 +157,37 @@ BARS = (
             3,
         )
         for dtype in ("float32", "bfloat16")
+    ),
+    *(
+        OpBar(
+            f"attention {dtype} backward, over torch",
+            _attention(dtype, ("backward",), False),
+            _FROM_TORCH,
+            wanted,
+        )
+        for dtype, wanted in (("float32", 1.3), ("bfloat16", 2))
+    ),
+    *(
+        OpBar(
+            f"Transformer encoder {dtype}" + (", padded" if padded else "") + ", over torch",
+            _encoder(dtype, padded),
+            _FROM_TORCH,
+            wanted,
+        )
+        for dtype, padded, wanted in (
+            ("float32", False, 1.6),
+            ("float32", True, 1.6),
+            ("bfloat16", False, 1.1),
+            ("bfloat16", True, 2),
+            ("int8", False, 1.4),
+            ("int8", True, 2.5),
+        )
+    ),
+    OpBar(
+        "attention decoder float32, forward and backward, over a torch loop",
+        lambda c: c.op == "attention_decoder" and c.dtype == "float32",
+        _FROM_TORCH,
+        4,
     ),
     OpBar("float32, over torch", _linear("float32", lambda m: True), _FROM_TORCH, 1.7),
     OpBar("bfloat16, over torch", _linear("bfloat16", lambda m: m > 8), _FROM_TORCH, 1.0),

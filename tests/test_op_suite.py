@@ -13,7 +13,7 @@ from rich.console import Console
 from benchmarks import op_cases, op_suite
 from benchmarks.command import main
 from benchmarks.machine import Ceilings
-from benchmarks.op_cases import Contender, OpCase, Work
+from benchmarks.op_case import Contender, OpCase, Work
 
 LINEAR = OpCase("linear", "float32", (3, 17, 19))
 SMALL = [
