@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import torch
@@ -18,11 +17,10 @@ from torch.nn import functional as F
 import encdec_fast
 from benchmarks import network_cases
 from benchmarks.op_case import Contender, Op, OpCase, Results, Work, gradients, inference, training
-from encdec_fast.ops import additive_attention, attention, linear
+from encdec_fast.ops import additive_attention, attention
 from encdec_fast.ops._cpu import FORMATS
 from encdec_fast.ops._packing import kept
 from encdec_fast.ops.additive_attention import reference as additive_reference
-from encdec_fast.ops.attention import reference as attention_reference
 from encdec_fast.ops.linear import make_pack
 
 ADDITIVE_SHAPES = ((32, 1, 50, 512), (32, 50, 50, 512), (8, 128, 512, 512))  # B, Tq, S, A
@@ -91,28 +89,21 @@ def _attention(case: OpCase) -> Work:
     if case.variant == "backward":
         return _attention_backward([q, k, v])
     if case.variant == "weights":
-        # torch returns weights from MultiheadAttention only: the same heads behind its projections.
+        # torch returns weights from its module only.
         module = nn.MultiheadAttention(h * d, h, batch_first=True).to(dtype).requires_grad_(False)
+        ours = encdec_fast.optimize(copy.deepcopy(module))
         x = torch.randn(b, tq, h * d).to(dtype)
-        ours = _with_projections(module)
-        calls = {
-            "torch": lambda: module(x, x, x, average_attn_weights=False),
-            "encdec_fast": lambda: ours(x),
-        }
-        precise = _with_projections(copy.deepcopy(module).double(), plain=True)
-        output, weights = precise(x.double())
-        right = {"output": output, "weights": weights}
-        return Work(
-            [
-                Contender(
-                    name,
-                    torch.inference_mode()(call),
-                    lambda found: {"output": found[0], "weights": found[1]},
-                )
-                for name, call in calls.items()
-            ],
-            right,
-        )
+        calls = {"torch": lambda: module(x, x, x), "encdec_fast": lambda: ours(x, x, x)}
+        output, weights = copy.deepcopy(module).double()(*[x.double()] * 3)
+        contenders = [
+            Contender(
+                name,
+                torch.inference_mode()(call),
+                lambda found: {"output": found[0], "weights": found[1]},
+            )
+            for name, call in calls.items()
+        ]
+        return Work(contenders, {"output": output, "weights": weights})
     calls = {
         "torch": lambda: F.scaled_dot_product_attention(q, k, v, attn_mask=mask),
         "encdec_fast": lambda: attention(q, k, v, memory_lengths=lengths),
@@ -145,22 +136,6 @@ def _attention_backward(tensors: list[Tensor]) -> Work:
         for name, function in functions.items()
     ]
     return Work(contenders, contender(F.scaled_dot_product_attention, torch.float64)())
-
-
-def _with_projections(module: nn.MultiheadAttention, plain: bool = False) -> Callable[..., Any]:
-    """Self-attention with the parameters of a module: our ops, or plain PyTorch."""
-    heads, size = module.num_heads, module.embed_dim
-    function = attention_reference if plain else partial(attention, need_weights=True)
-    project = F.linear if plain else linear
-
-    def call(x: Tensor) -> tuple[Tensor, Tensor]:
-        parts = project(x, module.in_proj_weight, module.in_proj_bias)
-        shaped = parts.view(*x.shape[:2], 3, heads, size // heads).permute(2, 0, 3, 1, 4)
-        output, weights = function(shaped[0], shaped[1], shaped[2])
-        joined = output.transpose(1, 2).reshape(*x.shape[:2], size)
-        return project(joined, module.out_proj.weight, module.out_proj.bias), weights
-
-    return call
 
 
 def _linear(case: OpCase) -> Work:
