@@ -1,0 +1,255 @@
+// The attention decoder on every instruction set that the machine has, on buffers of exactly the
+// sizes that a call has: forward against sums in double, gradients against its differences.
+#include "decoder/attention_decoder.h"
+
+#include <algorithm>
+#include <cmath>
+#include <vector>
+
+#include "buffers.h"
+#include "check.h"
+#include "rnn/rnn_plan.h"
+
+using namespace encdec;
+using namespace encdec::decoder;
+
+namespace {
+
+using Numbers = std::vector<float>;
+
+double sigmoid(double x) { return 1.0 / (1.0 + std::exp(-x)); }
+
+// A decoder's sizes, tensors and gradients of its results. LSTM: 4 gates, GRU: 3.
+struct Decoder {
+  rnn::Cell cell;
+  bool additive;
+  int64_t B, T, S, I, H, A, M;
+  int64_t gates = rnn::gate_count(cell);
+  Numbers x = random_floats(B * T * I), h0 = random_floats(B * H), c0 = random_floats(B * H),
+          f0 = random_floats(B * M), keys = random_floats(B * S * A),
+          values = random_floats(B * S * M), w_ih = random_floats(gates * H * (I + M), 0.5f),
+          w_hh = random_floats(gates * H * H, 0.5f), b_ih = random_floats(gates * H),
+          b_hh = random_floats(gates * H), w_q = random_floats(A * H, 0.5f), v = random_floats(A),
+          grad = random_floats(B * T * (H + M)), grad_w = random_floats(B * T * S);
+  std::vector<int64_t> lengths;
+  Decoder(rnn::Cell cell, bool additive, int64_t B, int64_t T, int64_t S, int64_t I, int64_t H,
+          int64_t A, int64_t M)
+      : cell(cell), additive(additive), B(B), T(T), S(S), I(I), H(H), A(A), M(M) {
+    for (int64_t b = 0; b < B; ++b) lengths.push_back(b % 3 == 1 ? S / 2 : b % 3 == 2 ? 0 : S);
+  }
+
+  // The sum of grad * results, with *at moved by `step`.
+  double loss(double step, const float* at) const {
+    const auto value = [&](const Numbers& t, int64_t i) {
+      const float* p = &t[static_cast<size_t>(i)];
+      return double(*p) + (p == at ? step : 0.0);
+    };
+    double total = 0.0;
+    for (int64_t b = 0; b < B; ++b) {
+      std::vector<double> h, c, f;
+      for (int64_t i = 0; i < H; ++i) h.push_back(value(h0, b * H + i));
+      for (int64_t i = 0; i < H; ++i) c.push_back(value(c0, b * H + i));
+      for (int64_t i = 0; i < M; ++i) f.push_back(value(f0, b * M + i));
+      for (int64_t t = 0; t < T; ++t) {
+        std::vector<double> from_x, from_h;
+        for (int64_t g = 0; g < gates * H; ++g) {
+          double a = value(b_ih, g), r = value(b_hh, g);
+          for (int64_t i = 0; i < I; ++i)
+            a += value(w_ih, g * (I + M) + i) * value(x, (b * T + t) * I + i);
+          for (int64_t i = 0; i < M; ++i)
+            a += value(w_ih, g * (I + M) + I + i) * f[static_cast<size_t>(i)];
+          for (int64_t i = 0; i < H; ++i) r += value(w_hh, g * H + i) * h[static_cast<size_t>(i)];
+          from_x.push_back(a);
+          from_h.push_back(r);
+        }
+        for (int64_t i = 0; i < H; ++i) {
+          const auto x_of = [&](int64_t g) { return from_x[static_cast<size_t>(g * H + i)]; };
+          const auto h_of = [&](int64_t g) { return from_h[static_cast<size_t>(g * H + i)]; };
+          double &own_h = h[static_cast<size_t>(i)], &own_c = c[static_cast<size_t>(i)];
+          if (cell == rnn::Cell::kLstm) {
+            own_c = sigmoid(x_of(1) + h_of(1)) * own_c +
+                    sigmoid(x_of(0) + h_of(0)) * std::tanh(x_of(2) + h_of(2));
+            own_h = sigmoid(x_of(3) + h_of(3)) * std::tanh(own_c);
+          } else {
+            const double r = sigmoid(x_of(0) + h_of(0)), z = sigmoid(x_of(1) + h_of(1));
+            own_h = (1.0 - z) * std::tanh(x_of(2) + r * h_of(2)) + z * own_h;
+          }
+        }
+        const int64_t n = lengths[static_cast<size_t>(b)], row = b * T + t;
+        std::vector<double> e, q;
+        for (int64_t a = 0; a < A; ++a) {
+          double sum = 0.0;
+          for (int64_t i = 0; i < H; ++i) sum += value(w_q, a * H + i) * h[static_cast<size_t>(i)];
+          q.push_back(sum);
+        }
+        double top = -1e300, norm = 0.0;
+        for (int64_t s = 0; s < n; ++s) {
+          double sum = 0.0;
+          for (int64_t a = 0; a < A; ++a) {
+            const double k = value(keys, (b * S + s) * A + a), own = q[static_cast<size_t>(a)];
+            sum += additive ? value(v, a) * std::tanh(own + k) : 0.4 * own * k;
+          }
+          e.push_back(sum);
+          top = std::max(top, sum);
+        }
+        for (double& p : e) norm += p = std::exp(p - top);
+        std::fill(f.begin(), f.end(), 0.0);
+        for (int64_t s = 0; s < n; ++s) {
+          const double p = e[static_cast<size_t>(s)] / norm;
+          total += p * double(grad_w[static_cast<size_t>(row * S + s)]);
+          for (int64_t i = 0; i < M; ++i)
+            f[static_cast<size_t>(i)] += p * value(values, (b * S + s) * M + i);
+        }
+        for (int64_t i = 0; i < H; ++i)
+          total += h[static_cast<size_t>(i)] * double(grad[static_cast<size_t>(row * (H + M) + i)]);
+        for (int64_t i = 0; i < M; ++i)
+          total +=
+              f[static_cast<size_t>(i)] * double(grad[static_cast<size_t>(row * (H + M) + H + i)]);
+      }
+    }
+    return total;
+  }
+};
+
+void test(Isa isa, Decoder d, int threads) {
+  const rnn::Kernels& recurrent = rnn::kernels(isa);
+  const DecoderKernels& kernels = decoder_kernels(isa);
+  const int64_t P = d.H + d.M;
+  const bool lstm = d.cell == rnn::Cell::kLstm;
+  const auto room = [](int64_t n) { return Numbers(static_cast<size_t>(n)); };
+  Numbers out = room(d.B * d.T * P), h_n = room(d.B * d.H), c_n = room(d.B * d.H),
+          cells = room(d.B * d.T * d.H), gates = room(d.B * d.T * 4 * d.H),
+          queries = room(d.B * d.T * d.A), weights = room(d.B * d.T * d.S);
+  const auto steps = [&](Numbers& t, int64_t size) {
+    return rnn::StepTensor{chars(t), size * 4, d.T * size * 4};
+  };
+  Forward f{};
+  f.rnn.shape = {d.cell, d.T, d.B, d.I, d.H, d.H, false};
+  f.rnn.sequences.T = d.T;
+  f.rnn.sequences.B = d.B;
+  f.rnn.dtype = f.rnn.format = Format::kFloat32;
+  f.rnn.input = steps(d.x, d.I);
+  rnn::Weights w{};
+  w.dtype = Format::kFloat32;
+  w.ih = chars(d.w_ih);
+  w.hh = chars(d.w_hh);
+  w.b_ih = chars(d.b_ih);
+  w.b_hh = chars(d.b_hh);
+  w.ih_stride = d.I + d.M;
+  w.hh_stride = d.H;
+  f.memory.feed_weight = w.ih + d.I * 4;
+  f.memory.feed_stride = w.ih_stride;
+  f.memory.context0 = chars(d.f0);
+  f.memory.score = d.additive ? Score::kAdditive : Score::kDot;
+  f.memory.S = d.S;
+  f.memory.A = d.A;
+  f.memory.M = d.M;
+  f.memory.scale = 0.4f;
+  f.memory.query_weight = chars(d.w_q);
+  f.memory.query_stride = d.H;
+  f.memory.score_weight = d.additive ? chars(d.v) : nullptr;
+  f.memory.keys = {chars(d.keys), d.S * d.A * 4, d.A * 4};
+  f.memory.values = {chars(d.values), d.S * d.M * 4, d.M * 4};
+  f.memory.lengths = d.lengths.data();
+  rnn::Direction& dir = f.rnn.direction[0];
+  dir.h0 = chars(d.h0);
+  dir.c0 = lstm ? chars(d.c0) : nullptr;
+  dir.output = steps(out, P);
+  dir.h_n = chars(h_n);
+  dir.c_n = lstm ? chars(c_n) : nullptr;
+  if (lstm) dir.cells = steps(cells, d.H);
+  dir.gates = chars(gates);
+  f.weights = weights.data();
+  f.queries = chars(queries);
+  f.rnn.threads = threads;
+  f.rnn.chunk_rows = 2 * d.B;  // several chunks
+  Lines packed(recurrent.packed_bytes(f.rnn.shape, Format::kFloat32));
+  recurrent.pack(f.rnn.shape, w, Format::kFloat32, threads, packed.data);
+  dir.packed = packed.data;
+  Lines work(recurrent.forward_workspace(f.rnn)), own(kernels.forward_workspace(f));
+  f.rnn.workspace = work.data;
+  f.workspace = own.data;
+  kernels.forward(f);
+  double found = 0.0;
+  for (size_t i = 0; i < out.size(); ++i) found += double(out[i]) * double(d.grad[i]);
+  for (size_t i = 0; i < weights.size(); ++i) found += double(weights[i]) * double(d.grad_w[i]);
+  CHECK_NEAR(found, d.loss(0.0, nullptr), 1e-4);
+
+  Numbers gx = d.x, gh0 = d.h0, gc0 = d.c0, gf0 = d.f0, g_ih = room(d.gates * d.H * d.I),
+          g_hh = d.w_hh, g_feed = room(d.gates * d.H * d.M), gb_ih = d.b_ih, gb_hh = d.b_hh,
+          g_q = d.w_q, g_context = room(d.B * d.T * d.M);
+  Backward b{};
+  b.rnn.shape = f.rnn.shape;
+  b.rnn.sequences = f.rnn.sequences;
+  b.rnn.dtype = Format::kFloat32;
+  b.rnn.input = f.rnn.input;
+  b.rnn.grad_input = steps(gx, d.I);
+  b.rnn.fed = d.M;
+  b.rnn.threads = threads;
+  b.rnn.chunk_rows = 2 * d.B;
+  b.memory = f.memory;
+  b.weights = weights.data();
+  b.queries = chars(queries);
+  b.grad_weights = d.grad_w.data();
+  b.grad_context = chars(g_context);
+  b.grad_context0 = chars(gf0);
+  b.grad_feed_weight = chars(g_feed);
+  b.grad_query_weight = chars(g_q);
+  rnn::BackwardDirection& back = b.rnn.direction[0];
+  back.weights = w;
+  back.h0 = dir.h0;
+  back.c0 = dir.c0;
+  back.output = dir.output;
+  back.cells = dir.cells;
+  back.gates = dir.gates;
+  back.grad_output = steps(d.grad, P);
+  back.grad_h0 = chars(gh0);
+  back.grad_c0 = lstm ? chars(gc0) : nullptr;
+  back.grad_ih = chars(g_ih);
+  back.grad_hh = chars(g_hh);
+  back.grad_b_ih = chars(gb_ih);
+  back.grad_b_hh = chars(gb_hh);
+  Lines work_b(recurrent.backward_workspace(b.rnn)), own_b(kernels.backward_workspace(b));
+  b.rnn.workspace = work_b.data;
+  b.workspace = own_b.data;
+  kernels.backward(b);
+  const auto slope = [&](const Numbers& t, int64_t i) {
+    const float* at = &t[static_cast<size_t>(i)];
+    return (d.loss(1e-4, at) - d.loss(-1e-4, at)) / 2e-4;
+  };
+  const auto compare = [&](const Numbers& t, const Numbers& gradient) {
+    const int64_t n = static_cast<int64_t>(t.size());
+    for (int64_t i = 0; i < n; i += 1 + n / 5)
+      CHECK_NEAR(double(gradient[static_cast<size_t>(i)]), slope(t, i), 2e-4);
+  };
+  compare(d.x, gx);
+  compare(d.h0, gh0);
+  if (lstm) compare(d.c0, gc0);
+  compare(d.f0, gf0);
+  compare(d.w_hh, g_hh);
+  compare(d.b_ih, gb_ih);
+  compare(d.b_hh, gb_hh);
+  compare(d.w_q, g_q);
+  for (int64_t g = 0; g < d.gates * d.H; g += 1 + d.gates * d.H / 5) {
+    CHECK_NEAR(double(g_ih[static_cast<size_t>(g * d.I)]), slope(d.w_ih, g * (d.I + d.M)), 2e-4);
+    CHECK_NEAR(double(g_feed[static_cast<size_t>(g * d.M)]), slope(d.w_ih, g * (d.I + d.M) + d.I),
+               2e-4);
+  }
+}
+
+}  // namespace
+
+void run_tests() {
+  for (const Isa isa : kAllIsas) {
+    if (!isa_supported(isa)) continue;
+    for (const rnn::Cell cell : {rnn::Cell::kLstm, rnn::Cell::kGru}) {
+      for (const bool additive : {false, true}) {
+        for (const int threads : {1, 3}) {
+          test(isa, Decoder(cell, additive, 1, 1, 1, 1, 1, 1, 1), threads);
+          test(isa, Decoder(cell, additive, 4, 3, 7, 5, 19, 11, 13), threads);
+          test(isa, Decoder(cell, additive, 3, 2, 18, 16, 33, 40, 34), threads);
+        }
+      }
+    }
+  }
+}
