@@ -83,6 +83,7 @@ def _decoder(case: OpCase) -> Work:
     parts = ("query_proj", "memory_proj", "score")
     own = {name: t for name, t in loop.state_dict().items() if name.startswith(parts)}
     ours.cell.attention.load_state_dict(own)
+    encdec_fast.optimize(ours)  # its projection of the memory, too
     input, memory = torch.randn(b, tq, size), torch.randn(b, s, size)
     grad = torch.randn(b, tq, 2 * size)
 

@@ -172,8 +172,6 @@ def test_padding_is_not_read(name: str, backend: str) -> None:
         spoiled = dict(given)
         for part in ("key", "value"):
             spoiled[part] = given[part].masked_fill(padding[:, None, :, None], fill)
-        if backend == "torch" and fill:
-            continue  # torch's kernel reads it: 0 times NaN
         with use_backend(backend):
             found.append(attention(**spoiled))
     assert all(torch.equal(found[0], other) for other in found)
@@ -257,6 +255,7 @@ def test_autocast() -> None:
     given = make(SHAPES["odd"], "none", torch.float32)
     with torch.autocast("cpu", torch.bfloat16):
         assert attention(**given).dtype == torch.bfloat16
+        assert attention(**cast(given, torch.float64)).dtype == torch.float64
 
 
 BAD: dict[str, dict[str, Any]] = {
@@ -283,3 +282,47 @@ def test_bad_input(changed: dict[str, Any]) -> None:
     given = make((2, 4, 2, 5, 6, 8, 8), "none", torch.float32)
     with pytest.raises(RuntimeError, match=r"attention|memory_lengths"):
         attention(**{**given, **changed})
+
+
+def test_lengths_of_every_kind(backend: str) -> None:
+    given = make(SHAPES["one query"], "none", torch.float32)
+    lengths = torch.tensor([3, 0, 50, 7])
+    with use_backend(backend):
+        expected = attention(**given, memory_lengths=lengths)
+        for same in (lengths.tolist(), lengths.int(), lengths.repeat_interleave(2)[::2]):
+            torch.testing.assert_close(attention(**given, memory_lengths=same), expected)
+        for wrong in ("abcd", [1.5, 2.0, 3.0, 4.0]):
+            with pytest.raises(RuntimeError, match="memory_lengths must be integers"):
+                attention(**given, memory_lengths=wrong)
+
+
+def test_values_and_queries_of_no_size(backend: str) -> None:
+    q, k, v = torch.randn(2, 2, 3, 4), torch.randn(2, 2, 5, 4), torch.randn(2, 2, 5, 6)
+    with use_backend("reference" if backend == "torch" else backend):
+        poison()
+        _, weights = attention(q, k, v[..., :0], need_weights=True)
+        torch.testing.assert_close(weights.sum(-1), torch.ones(2, 2, 3))
+    with use_backend(backend):
+        mean = attention(q[..., :0], k[..., :0], v)
+        torch.testing.assert_close(mean, v.mean(2, keepdim=True).expand(2, 2, 3, 6))
+
+
+@pytest.mark.parametrize("queries", [1, 20])
+def test_scores_that_overflow(queries: int, native: None) -> None:
+    """Sums of -infinity count like masked keys, with a mask or without."""
+    q, k = torch.full((1, 1, queries, 4), -1e30), torch.full((1, 1, 2, 4), 1e30)
+    value = torch.ones(1, 1, 2, 1)
+    for bias in (None, torch.zeros(1, 2)):
+        assert not attention(q, k, value, bias=bias).any()
+    k[0, 0, 1, 0] = torch.nan
+    assert attention(q, k, value).isnan().all()
+
+
+def test_the_output_is_no_view(native: None) -> None:
+    q = torch.randn(1, 2, 3, 4)
+    factor = torch.ones((), requires_grad=True)
+    with torch.no_grad():
+        output = attention(q, q, q)
+    assert not output._is_view()
+    output.mul_(factor)
+    output.sum().backward()

@@ -421,6 +421,19 @@ def test_what_a_module_runs(native: None) -> None:
     assert len(seen) == 3
 
 
+def test_a_replaced_projection_is_called(native: None) -> None:
+    decoder = encdec_fast.nn.AttentionDecoder(4, 6, 5, attention_of("additive"))
+    decoder.cell.attention.query_proj = nn.Linear(6, 7)  # with a bias
+    x, memory = torch.randn(2, 3, 4), torch.randn(2, 7, 5)
+    output, _ = decoder(x, memory)
+    state = None
+    for t in range(3):
+        step, state = decoder.cell(x[:, t], memory, state)
+        torch.testing.assert_close(output[:, t], step)
+    output.sum().backward()
+    assert decoder.cell.attention.query_proj.bias.grad is not None
+
+
 def test_module_state_and_errors() -> None:
     decoder = encdec_fast.nn.AttentionDecoder(4, 6, 5, attention_of("additive"))
     names = {"weight_ih", "weight_hh", "bias_ih", "bias_hh"}

@@ -255,8 +255,10 @@ def test_the_same_bits_on_any_number_of_threads(native: None) -> None:
 @pytest.mark.parametrize(
     "shape", [(0, 2, 2, 3, 4, 5, 6), (2, 2, 2, 0, 4, 5, 6), (2, 2, 2, 3, 0, 5, 6)], ids=str
 )
-def test_nothing_there(shape: Any, native: None) -> None:
-    given = make(shape, "none", torch.float32)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_nothing_there(shape: Any, dtype: torch.dtype, native: None) -> None:
+    given = make(shape, "none", dtype)
+    given["bias"] = torch.randn(shape[3], shape[4]).to(dtype)
     leaves_of(given)
     found = torch.autograd.grad(attention(**given).sum(), leaves_of(given))
     assert all(not grad.any() for grad in found)

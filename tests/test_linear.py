@@ -348,3 +348,67 @@ def test_optimize_swaps_it() -> None:
     torch.testing.assert_close(model(x), expected)
     encdec_fast.restore(model)
     assert type(model[0]) is nn.Linear
+
+
+# Training.
+
+TRAINED = {
+    "plain": ((150,), 130, 140),
+    "leading sizes": ((3, 50), 129, 145),
+    "large": ((4, 300), 256, 192),
+}
+
+
+@pytest.mark.parametrize("shape", TRAINED.values(), ids=TRAINED)
+@pytest.mark.parametrize("options", [{}, {"bias": False}, OPTIONS["everything"]], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_gradients_of_large_products(
+    shape: Any, options: dict[str, Any], dtype: torch.dtype, native: None
+) -> None:
+    tensors, others = make(shape, options, dtype)
+
+    def gradients(function: Any, dtype: torch.dtype) -> list[Tensor]:
+        own = {n: t.detach().to(dtype, copy=True).requires_grad_() for n, t in tensors.items()}
+        y = function(**own, **others)
+        seed = torch.randn(y.shape, generator=torch.Generator().manual_seed(1)).to(dtype)
+        return [y.detach(), *torch.autograd.grad((y * seed).sum(), list(own.values()))]
+
+    with two_threads(), use_backend("cpu"):
+        poison()
+        found = gradients(linear, dtype)
+    theirs, truth = gradients(reference, dtype), gradients(reference, torch.float64)
+    assert_as_good(found, theirs, truth, 3.0)
+
+
+def test_what_trains_where(native: None) -> None:
+    x = torch.randn(200, 128, requires_grad=True)
+    module = encdec_fast.nn.Linear(128, 128)
+    assert explain(module, x).backend == "cpu"
+    assert "_Product" in str(module(x).grad_fn)
+    assert explain(module, x[:8]).backend == "torch"
+    assert explain(module.double(), x.double()).backend == "torch"
+
+
+def test_double_backward_of_a_large_product(native: None) -> None:
+    leaves = [torch.randn(n, requires_grad=True) for n in ((130, 128), (129, 128), (129,))]
+
+    def second(function: Any) -> list[Tensor]:
+        (y,) = (function(*leaves),)
+        first = torch.autograd.grad(y.pow(3).sum(), leaves, create_graph=True)
+        return list(torch.autograd.grad(sum(g.square().sum() for g in first), leaves))
+
+    with use_backend("cpu"):
+        found = second(linear)
+    for a, b in zip(found, second(nn.functional.linear), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-1)
+
+
+def test_gradients_that_are_not_asked_for(native: None) -> None:
+    x, w, b = torch.randn(200, 128), torch.randn(140, 128), torch.randn(140)
+    for wanted in ([True, False, False], [False, True, False], [False, False, True]):
+        for tensor, flag in zip((x, w, b), wanted, strict=True):
+            tensor.requires_grad_(flag)
+        leaf = (x, w, b)[wanted.index(True)]
+        (found,) = torch.autograd.grad(linear(x, w, b).square().sum(), leaf)
+        (expected,) = torch.autograd.grad(nn.functional.linear(x, w, b).square().sum(), leaf)
+        torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-2)

@@ -35,13 +35,13 @@ template <Format format>
 inline BackwardPlaces backward_places(const AttentionBackward& call) {
   const Attention& f = call.forward;
   BackwardPlaces p{};
-  const int64_t keys = round_up(f.S, kPanelColumns), rows = f.query_rows;
+  const int64_t keys = round_up(f.S, kPanel), rows = f.query_rows;
   p.q_row = staged_row_bytes(format, f.D);
   p.grad_out_row = staged_row_bytes(format, f.V);
   p.scores_row = staged_row_bytes(Format::kFloat32, keys);
   p.staged_row = staged_row_bytes(format, keys);
-  p.grad_key_row = staged_row_bytes(Format::kFloat32, round_up(f.D, kPanelColumns));
-  p.grad_value_row = staged_row_bytes(Format::kFloat32, round_up(f.V, kPanelColumns));
+  p.grad_key_row = staged_row_bytes(Format::kFloat32, round_up(f.D, kPanel));
+  p.grad_value_row = staged_row_bytes(Format::kFloat32, round_up(f.V, kPanel));
   Layout member;
   p.keys = member.take(panels_bytes(format, f.D, f.S));
   p.values = member.take(panels_bytes(format, f.V, f.S));
@@ -75,7 +75,7 @@ class AttentionBackwardRun : private Scores {
         bias_(bias_sums(call, rank)),
         keys_(own_ + places_.keys, call_.D, call_.S),
         values_(own_ + places_.values, call_.V, call_.S),
-        key_rows_(own_ + places_.key_rows, round_up(call_.S, kPanelColumns), call_.D),
+        key_rows_(own_ + places_.key_rows, round_up(call_.S, kPanel), call_.D),
         q_packed_(own_ + places_.q_packed, call_.query_rows, call_.D),
         grad_packed_(own_ + places_.grad_packed, call_.query_rows, call_.V) {}
 
@@ -85,7 +85,7 @@ class AttentionBackwardRun : private Scores {
     keys_.pack_as_columns(k.at(b, g, 0), call_.dtype, k.row_stride, n, call_.D);
     key_rows_.pack_as_rows(k.at(b, g, 0), call_.dtype, k.row_stride, n, call_.D);
     values_.pack_as_columns(v.at(b, g, 0), call_.dtype, v.row_stride, n, call_.V);
-    const int64_t whole = round_up(n, kPanelColumns);
+    const int64_t whole = round_up(n, kPanel);
     std::memset(grad_key(0), 0, static_cast<size_t>(whole * places_.grad_key_row));
     std::memset(grad_value(0), 0, static_cast<size_t>(whole * places_.grad_value_row));
     const int64_t tiles = (queries + call_.query_rows - 1) / call_.query_rows;
@@ -139,7 +139,7 @@ class AttentionBackwardRun : private Scores {
     keys_.multiply_into({own_ + places_.q, places_.q_row}, t.rows, call_.D, n, weights(0),
                         places_.scores_row / 4);
     for (int64_t r = 0; r < t.rows; ++r) {
-      scale_row(weights(r), round_up(n, kPanelColumns), soften(t, r, weights(r), n), weights(r));
+      scale_row(weights(r), round_up(n, kPanel), soften(t, r, weights(r), n), weights(r));
     }
     if (backward_.grad_output.data) {
       grad_packed_.pack_as_rows(backward_.grad_output.at(t.b, h, first), call_.dtype,
@@ -166,11 +166,11 @@ class AttentionBackwardRun : private Scores {
       }
     }
     key_rows_.multiply(rows, t.rows, n, [&](int64_t p, int64_t row, int count, const float* tile) {
-      const int64_t column = p * kPanelColumns;
-      for (int64_t r = row; r < row + count; ++r, tile += kPanelColumns) {
+      const int64_t column = p * kPanel;
+      for (int64_t r = row; r < row + count; ++r, tile += kPanel) {
         char* to = backward_.grad_query.at(t.b, h, first + r) + column * esize_;
         const int64_t left = call_.D - column;
-        put(tile, left < kPanelColumns ? left : kPanelColumns, call_.scale, to);
+        put(tile, left < kPanel ? left : kPanel, call_.scale, to);
       }
     });
     q_packed_.pack_as_rows(call_.query.at(t.b, h, first), call_.dtype, call_.query.row_stride,
@@ -183,7 +183,7 @@ class AttentionBackwardRun : private Scores {
   float* dropped(const QueryTile& t, int64_t n) const {
     if (!drops()) return weights(0);
     for (int64_t r = 0; r < t.rows; ++r) {
-      scale_row(weights(r), round_up(n, kPanelColumns), 1.0f, grads(r));
+      scale_row(weights(r), round_up(n, kPanel), 1.0f, grads(r));
       drop(t, r, grads(r), n);
     }
     return grads(0);
@@ -202,7 +202,7 @@ class AttentionBackwardRun : private Scores {
       }
     }
     if (drops()) drop(t, r, row, n);
-    const int64_t whole = round_up(n, kPanelColumns);
+    const int64_t whole = round_up(n, kPanel);
     Float sum = zero();
     for (int64_t s = 0; s < n; s += kLanes) sum = fma(load(weight + s), load(row + s), sum);
     const Float mean = set1(reduce_add(sum));

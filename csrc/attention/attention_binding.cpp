@@ -1,4 +1,6 @@
 // torch's side of scaled dot-product attention: check, allocate, launch.
+#include <algorithm>
+
 #include "attention/attention.h"
 #include "core/torch_tensor.h"
 #include "core/workspace.h"
@@ -23,7 +25,10 @@ Heads heads_of(const Tensor& t, int64_t B, int64_t heads, int64_t rows, int64_t 
 // A new tensor (B, heads, rows, size) in which heads lie side by side in the features, as the
 // projection that follows reads them.
 Tensor new_heads(int64_t B, int64_t heads, int64_t rows, int64_t size, Format dtype) {
-  return torch::stable::transpose(empty<4>({B, rows, heads, size}, dtype_of(dtype)), 1, 2);
+  const int64_t row = std::max<int64_t>(1, heads) * std::max<int64_t>(1, size);
+  return empty_strided<4>({B, heads, rows, size},
+                          {std::max<int64_t>(1, rows) * row, std::max<int64_t>(1, size), row, 1},
+                          dtype_of(dtype));
 }
 
 // A tensor (B or 1, H or 1, Tq or 1, S or 1), spread over what it lacks.
@@ -97,7 +102,7 @@ Attention inputs_of(const Tensor& query, const Tensor& key, const Tensor& value,
 }
 
 void launch(Attention& f) {
-  if (f.B == 0 || f.H == 0 || f.Tq == 0 || f.V == 0) return;
+  if (f.B == 0 || f.H == 0 || f.Tq == 0 || (f.V == 0 && !f.weights)) return;
   plan(f, threads());
   const Workspace workspace(chosen().workspace(f));
   f.workspace = workspace.data();

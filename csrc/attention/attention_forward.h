@@ -27,7 +27,7 @@ struct AttentionPlaces {
 template <Format format>
 inline AttentionPlaces attention_places(const Attention& f) {
   AttentionPlaces p{};
-  const int64_t keys = round_up(f.S, kPanelColumns);
+  const int64_t keys = round_up(f.S, kPanel);
   p.head_keys = panels_bytes(format, f.D, f.S);
   p.head_bytes = p.head_keys + panels_bytes(format, keys, f.V);
   p.member = f.packed ? f.round_heads * p.head_bytes : 0;
@@ -73,7 +73,7 @@ class AttentionRun : private Scores {
   }
   PackedRows<format> values(int64_t slot) const {
     return {call_.workspace + slot * places_.head_bytes + places_.head_keys,
-            round_up(call_.S, kPanelColumns), call_.V};
+            round_up(call_.S, kPanel), call_.V};
   }
 
   void run_packed(const QueryTile& t, int64_t slot) {
@@ -95,9 +95,9 @@ class AttentionRun : private Scores {
     }
     values(slot).multiply(
         weights, t.rows, n, [&](int64_t p, int64_t row, int count, const float* tile) {
-          for (int64_t r = row; r < row + count; ++r, tile += kPanelColumns) {
-            for (int v = 0; v < kPanelVectors; ++v) {
-              const int64_t column = p * kPanelColumns + v * kLanes;
+          for (int64_t r = row; r < row + count; ++r, tile += kPanel) {
+            for (int v = 0; v < kVectors; ++v) {
+              const int64_t column = p * kPanel + v * kLanes;
               if (column >= call_.V) break;
               put(t, r, column, load(tile + v * kLanes), lanes_left(column, call_.V));
             }

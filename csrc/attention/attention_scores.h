@@ -5,19 +5,14 @@
 #include "attention/attention.h"
 #include "attention/tiles.h"
 #include "core/gemm.h"
+#include "core/panels.h"
 #include "core/random.h"
 
 namespace encdec::attention {
 namespace ENCDEC_ISA_NAMESPACE {
 
-constexpr int kPanelVectors = 2;
-constexpr int64_t kPanelColumns = kPanelVectors * kLanes;
-
-constexpr int64_t panel_count(int64_t columns) {
-  return (columns + kPanelColumns - 1) / kPanelColumns;
-}
 constexpr int64_t panels_bytes(Format format, int64_t k, int64_t columns) {
-  return panel_count(columns) * packed_panel_bytes(format, k, kPanelVectors);
+  return panels_of(columns) * packed_panel_bytes(format, k, kVectors);
 }
 
 // Whether weights must be staged for the product: float rows are what it reads.
@@ -45,13 +40,13 @@ class PackedRows {
  public:
   PackedRows(char* data, int64_t most, int64_t columns)
       : data_(data),
-        panel_bytes_(packed_panel_bytes(format, most, kPanelVectors)),
-        panels_(panel_count(columns)) {}
+        panel_bytes_(packed_panel_bytes(format, most, kVectors)),
+        panels_(panels_of(columns)) {}
 
   // Rows become columns: k runs along a row. `rows` of them are read.
   void pack_as_columns(const char* first, Format dtype, int64_t stride, int64_t rows,
                        int64_t size) {
-    panels_ = panel_count(rows);
+    panels_ = panels_of(rows);
     k_ = size;
     pack(rows, [&](int64_t column, int lanes) {
       return ColumnSource{first + column * stride, dtype, stride / element_bytes(dtype), 1, lanes};
@@ -59,7 +54,7 @@ class PackedRows {
   }
   // Rows stay rows: k runs over them.
   void pack_as_rows(const char* first, Format dtype, int64_t stride, int64_t rows, int64_t size) {
-    panels_ = panel_count(size);
+    panels_ = panels_of(size);
     k_ = rows;
     pack(size, [&](int64_t column, int lanes) {
       return ColumnSource{first + column * element_bytes(dtype), dtype, 1,
@@ -68,12 +63,12 @@ class PackedRows {
   }
 
   // The product of `rows` rows with the first `k` of the packed ones; put(panel, row, n, tile)
-  // receives n rows of a panel, kPanelColumns floats each.
+  // receives n rows of a panel, kPanel floats each.
   template <class Put>
   void multiply(RowsView x, int64_t rows, int64_t k, const Put& put) const {
-    alignas(64) float tile[kRows * kPanelColumns];
+    alignas(64) float tile[kRows * kPanel];
     each(x, rows, k, [&](const PackedView& w, int64_t p, int64_t row, int n, RowsView own) {
-      multiply_rows<format, kPanelVectors>(n, w, p, own, tile, kPanelColumns);
+      multiply_rows<format, kVectors>(n, w, p, own, tile, kPanel);
       put(p, row, n, tile);
     });
   }
@@ -83,23 +78,23 @@ class PackedRows {
     each(
         x, rows, k,
         [&](const PackedView& w, int64_t p, int64_t row, int n, RowsView own) {
-          multiply_rows<format, kPanelVectors>(
-              n, w, p, own, out + row * out_stride + p * kPanelColumns, out_stride, onto);
+          multiply_rows<format, kVectors>(n, w, p, own, out + row * out_stride + p * kPanel,
+                                          out_stride, onto);
         },
-        panel_count(columns));
+        panels_of(columns));
   }
 
  private:
-  static constexpr int kRows = max_tile_rows(kPanelVectors);
+  static constexpr int kRows = max_tile_rows(kVectors);
 
   template <class Source>
   void pack(int64_t columns, const Source& source) {
     constexpr int64_t kVector = kLanes * weight_group_bytes(format);
-    for (int64_t i = 0; i < panels_ * kPanelVectors; ++i) {
+    for (int64_t i = 0; i < panels_ * kVectors; ++i) {
       const int64_t first = i * kLanes;
-      char* const to = data_ + i / kPanelVectors * panel_bytes_ + i % kPanelVectors * kVector;
+      char* const to = data_ + i / kVectors * panel_bytes_ + i % kVectors * kVector;
       pack_columns<format>(source(first, first < columns ? lanes_left(first, columns) : 0), k_, to,
-                           kPanelVectors * kVector, nullptr, nullptr);
+                           kVectors * kVector, nullptr, nullptr);
     }
   }
   template <class Run>
@@ -168,10 +163,10 @@ class Scores {
     const int64_t own = call_.causal && query + 1 < n ? query + 1 : n;
     const bool adjusted = call_.bias.data || call_.mask.data;
     const bool any = own > 0 && (!adjusted || adjust(row, t.b, head_of(t, r), query, own));
-    const float factor = any ? 1.0f / exp_row(row, own, adjusted ? 1.0f : call_.scale) : 0.0f;
+    const float sum = any ? exp_row(row, own, adjusted ? 1.0f : call_.scale) : 0.0f;
     const int64_t kept = any ? own : 0;
-    std::memset(row + kept, 0, static_cast<size_t>((round_up(n, kPanelColumns) - kept) * 4));
-    return factor;
+    std::memset(row + kept, 0, static_cast<size_t>((round_up(n, kPanel) - kept) * 4));
+    return sum == 0.0f ? 0.0f : 1.0f / sum;
   }
 
   bool drops() const { return dropout_.least > 0; }

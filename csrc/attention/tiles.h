@@ -97,7 +97,8 @@ struct FloatKeys {
 };
 
 // row = e^(scale * row - the largest of them) over its first n > 0 numbers, zeros behind them; the
-// row has room for whole vectors. Returns their sum. NaN and +infinity make it NaN, as in torch.
+// row has room for whole vectors. Returns their sum. NaN and +infinity make it NaN, as in torch; a
+// row of -infinity becomes zeros, and their sum 0.
 inline float exp_row(float* row, int64_t n, float scale) {
   const int64_t whole = round_up(n, kLanes);
   for (int64_t s = n; s < whole; ++s) row[s] = row[0];
@@ -106,6 +107,14 @@ inline float exp_row(float* row, int64_t n, float scale) {
   for (int64_t s = kLanes; s < whole; s += kLanes) largest = max(largest, mul(by, load(row + s)));
   const Float top = set1(reduce_max(largest));
   Float sum = zero();
+  if (reduce_max(largest) == -std::numeric_limits<float>::infinity()) {
+    float total = 0.0f;
+    for (int64_t s = 0; s < whole; ++s) {
+      row[s] = s < n && row[s] != row[s] ? row[s] : 0.0f;
+      total += row[s];
+    }
+    return total;
+  }
   for (int64_t s = 0; s < whole; s += kLanes) {
     const Float e = exp(sub(mul(by, load(row + s)), top));
     const Float kept = first_lanes(e, lanes_left(s, n));

@@ -38,7 +38,24 @@ inline Format format_of(const Tensor& t) {
 inline char* data(const Tensor& t) { return static_cast<char*>(t.data_ptr()); }
 inline char* data(const std::optional<Tensor>& t) { return t ? data(*t) : nullptr; }
 
-// A new contiguous CPU tensor, not initialised.
+// A new CPU tensor, not initialised.
+inline Tensor empty_strided(const int64_t* sizes, const int64_t* strides, size_t n, int32_t dtype) {
+  AtenTensorHandle handle;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
+      static_cast<int64_t>(n), sizes, strides, dtype, aoti_torch_device_type_cpu(), 0, &handle));
+  Tensor t(handle);
+  const int64_t bytes = t.numel() * static_cast<int64_t>(aoti_torch_dtype_element_size(dtype));
+  if (bytes >= 2 * kHugePage) prefer_huge_pages(t.data_ptr(), bytes);
+  return t;
+}
+
+template <size_t n>
+inline Tensor empty_strided(const std::array<int64_t, n>& sizes,
+                            const std::array<int64_t, n>& strides, int32_t dtype) {
+  return empty_strided(sizes.data(), strides.data(), n, dtype);
+}
+
+// The same, contiguous.
 inline Tensor empty(const int64_t* sizes, size_t n, int32_t dtype) {
   std::vector<int64_t> strides(n);
   int64_t stride = 1;
@@ -46,14 +63,7 @@ inline Tensor empty(const int64_t* sizes, size_t n, int32_t dtype) {
     strides[i] = stride;
     stride *= sizes[i] > 0 ? sizes[i] : 1;
   }
-  AtenTensorHandle handle;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(n), sizes,
-                                                         strides.data(), dtype,
-                                                         aoti_torch_device_type_cpu(), 0, &handle));
-  Tensor t(handle);
-  const int64_t bytes = t.numel() * static_cast<int64_t>(aoti_torch_dtype_element_size(dtype));
-  if (bytes >= 2 * kHugePage) prefer_huge_pages(t.data_ptr(), bytes);
-  return t;
+  return empty_strided(sizes, strides.data(), n, dtype);
 }
 
 template <size_t n>

@@ -11,15 +11,15 @@
 #pragma once
 
 #include "core/team.h"
+#include "core/weight_grad.h"
 #include "decoder/memory_rows.h"
-#include "rnn/rnn_weight_grad.h"
+#include "rnn/rnn_weights.h"
 
 namespace encdec::decoder {
 namespace ENCDEC_ISA_NAMESPACE {
 
 using attention::ENCDEC_ISA_NAMESPACE::all_sums;
 using rnn::Cell;
-using rnn::ENCDEC_ISA_NAMESPACE::WeightGrad;
 using Plain = rnn::ENCDEC_ISA_NAMESPACE::PlainBlocking;
 static_assert(Plain::kVectors == kVectors, "the recurrent kernels pack for this product");
 

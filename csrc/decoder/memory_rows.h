@@ -6,6 +6,7 @@
 
 #include "attention/additive_forward.h"
 #include "core/gemm.h"
+#include "core/panels.h"
 #include "decoder/attention_decoder.h"
 
 namespace encdec::decoder {
@@ -19,11 +20,6 @@ using attention::ENCDEC_ISA_NAMESPACE::kKeyBlock;
 using attention::ENCDEC_ISA_NAMESPACE::kTileQueries;
 using attention::ENCDEC_ISA_NAMESPACE::reciprocal_of;
 using attention::ENCDEC_ISA_NAMESPACE::row_floats;
-
-// Columns of a small product: of W_q forward, of its transpose backward.
-constexpr int kVectors = 2;
-constexpr int64_t kPanel = kVectors * kLanes;
-constexpr int64_t panels_of(int64_t columns) { return (columns + kPanel - 1) / kPanel; }
 
 struct MemoryPlaces {
   int64_t keys, stride;  // float [B][padded S][stride]

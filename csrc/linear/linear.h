@@ -46,18 +46,38 @@ struct Linear {
   char* workspace = nullptr;
 };
 
+// Gradients of y = x W' + b; in float32 and bfloat16.
+struct LinearBackward {
+  Format dtype;  // of every tensor
+  int64_t M = 0, N = 0, K = 0;
+  Weight weight;
+  const char* grad = nullptr;  // of y
+  int64_t grad_stride = 0;
+  const char* input = nullptr;
+  int64_t input_stride = 0;
+  char* grad_input = nullptr;   // (M, K); null: not wanted, as the others
+  char* grad_weight = nullptr;  // (N, K)
+  char* grad_bias = nullptr;    // [N]
+  int threads = 1;
+  int64_t chunk_rows = 1;
+  char* workspace = nullptr;
+};
+
 // What one instruction set offers. The packed form differs between instruction sets.
 struct Kernels {
   int64_t (*packed_bytes)(int64_t N, int64_t K, Format format);
   void (*pack)(const Weight&, Format format, int threads, char* packed);
   int64_t (*workspace)(const Linear&);
   void (*run)(const Linear&);
+  int64_t (*backward_workspace)(const LinearBackward&);
+  void (*backward)(const LinearBackward&);
 };
 
 const Kernels& kernels(Isa isa);
 
 // Threads and chunks of a call, where `available` threads may be had.
 void plan(Linear& call, Format format, int available);
+void plan(LinearBackward& call, int available);
 
 namespace avx2 {
 extern const Kernels kKernels;

@@ -86,10 +86,100 @@ std::vector<Tensor> linear_forward(Tensor input, Tensor weight, Tensor packed, O
   return result;
 }
 
+// A matrix with contiguous rows, of any leading sizes.
+void check_rows(const Tensor& t, int64_t size, Format dtype, const char* name) {
+  STD_TORCH_CHECK(t.is_cpu() && t.is_contiguous() && t.dim() > 0 && t.size(t.dim() - 1) == size &&
+                      format_of(t) == dtype,
+                  name, " must be a contiguous CPU tensor with ", size,
+                  " features and the weight's dtype");
+}
+
+Weight weight_of(const Tensor& weight) {
+  STD_TORCH_CHECK(weight.is_cpu() && weight.dim() == 2 && weight.size(0) > 0 &&
+                      weight.size(1) > 0 && (weight.size(1) <= 1 || weight.stride(1) == 1),
+                  "the weight must be a CPU matrix with contiguous rows, not empty");
+  return {format_of(weight), data(weight), weight.stride(0), weight.size(0), weight.size(1)};
+}
+
+// Forward in training: the weight will have changed by the next call, and is packed for this one.
+Tensor linear_product(Tensor input, Tensor weight, OptionalTensor bias) {
+  const Weight w = weight_of(weight);
+  check_rows(input, w.K, w.dtype, "input");
+  if (bias) check_rows(*bias, w.N, w.dtype, "bias");
+  Linear f{};
+  f.dtype = w.dtype;
+  f.M = input.numel() / w.K;
+  f.N = w.N;
+  f.K = w.K;
+  std::vector<int64_t> shape(static_cast<size_t>(input.dim()));
+  for (int64_t i = 0; i < input.dim(); ++i) shape[static_cast<size_t>(i)] = input.size(i);
+  shape.back() = f.N;
+  Tensor result = empty(shape.data(), shape.size(), dtype_of(f.dtype));
+  if (f.M == 0) return result;
+  const int64_t bytes = element_bytes(f.dtype);
+  const int available = static_cast<int>(torch::stable::get_num_threads());
+  f.input = data(input);
+  f.input_stride = f.K * bytes;
+  f.bias = data(bias);
+  f.output = data(result);
+  f.output_stride = f.N * bytes;
+  plan(f, f.dtype, available);
+  const int64_t packed = round_up(chosen().packed_bytes(f.N, f.K, f.dtype), 64);
+  // The workspace's size is read off the packed weight's header, which is not there yet.
+  const Workspace block(packed);
+  chosen().pack(w, f.dtype, available, block.data());
+  f.packed = block.data();
+  const Tensor scratch = empty_block(chosen().workspace(f) + 64);
+  f.workspace = data(scratch) + (-reinterpret_cast<intptr_t>(data(scratch)) & 63);
+  chosen().run(f);
+  return result;
+}
+
+// The gradients of input, weight and bias, each empty where it is not wanted.
+std::vector<Tensor> linear_backward(Tensor grad, Tensor input, Tensor weight, bool of_input,
+                                    bool of_weight, bool of_bias) {
+  LinearBackward f{};
+  f.weight = weight_of(weight);
+  f.dtype = f.weight.dtype;
+  f.N = f.weight.N;
+  f.K = f.weight.K;
+  STD_TORCH_CHECK(f.dtype == Format::kFloat32 || f.dtype == Format::kBfloat16,
+                  "there is no backward in float16");
+  check_rows(grad, f.N, f.dtype, "grad");
+  check_rows(input, f.K, f.dtype, "input");
+  f.M = input.numel() / f.K;
+  STD_TORCH_CHECK(f.M > 0 && grad.numel() == f.M * f.N, "grad must have the input's ", f.M,
+                  " rows, and there must be one");
+  const int64_t bytes = element_bytes(f.dtype);
+  const int32_t dtype = dtype_of(f.dtype);
+  std::vector<int64_t> shape(static_cast<size_t>(input.dim()));
+  for (int64_t i = 0; i < input.dim(); ++i) shape[static_cast<size_t>(i)] = input.size(i);
+  std::vector<Tensor> result;
+  result.push_back(of_input ? empty(shape.data(), shape.size(), dtype) : empty<1>({0}, dtype));
+  result.push_back(of_weight ? empty<2>({f.N, f.K}, dtype) : empty<1>({0}, dtype));
+  result.push_back(empty<1>({of_bias ? f.N : 0}, dtype));
+  f.grad = data(grad);
+  f.grad_stride = f.N * bytes;
+  f.input = data(input);
+  f.input_stride = f.K * bytes;
+  if (of_input) f.grad_input = data(result[0]);
+  if (of_weight) f.grad_weight = data(result[1]);
+  if (of_bias) f.grad_bias = data(result[2]);
+  plan(f, static_cast<int>(torch::stable::get_num_threads()));
+  const Workspace workspace(chosen().backward_workspace(f));
+  f.workspace = workspace.data();
+  chosen().backward(f);
+  return result;
+}
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY_FRAGMENT(encdec_fast_cpu, m) {
   m.def("linear_pack(Tensor weight, int weight_format) -> Tensor");
+  m.def("linear_product(Tensor input, Tensor weight, Tensor? bias) -> Tensor");
+  m.def(
+      "linear_backward(Tensor grad, Tensor input, Tensor weight, bool of_input, bool of_weight, "
+      "bool of_bias) -> Tensor[]");
   m.def(
       "linear_forward(Tensor input, Tensor weight, Tensor packed, Tensor? bias, int activation, "
       "Tensor? residual, int norm, Tensor? norm_weight, Tensor? norm_bias, float norm_eps) "
@@ -98,6 +188,8 @@ STABLE_TORCH_LIBRARY_FRAGMENT(encdec_fast_cpu, m) {
 
 STABLE_TORCH_LIBRARY_IMPL(encdec_fast_cpu, CPU, m) {
   m.impl("linear_pack", TORCH_BOX(&linear_pack));
+  m.impl("linear_product", TORCH_BOX(&linear_product));
+  m.impl("linear_backward", TORCH_BOX(&linear_backward));
   m.impl("linear_forward", TORCH_BOX(&linear_forward));
 }
 

@@ -1,4 +1,5 @@
 // The kernels of linear of one instruction set: this file is compiled once for each.
+#include "linear/linear_backward.h"
 #include "linear/linear_kernel.h"
 
 namespace encdec::linear {
@@ -21,6 +22,14 @@ const Kernels kKernels = {
     },
     [](const Linear& f) {
       with_format(format_of(f), [&](auto c) { run_linear<decltype(c)::value>(f); });
+    },
+    [](const LinearBackward& f) {
+      return f.dtype == Format::kBfloat16 ? backward_places<Format::kBfloat16>(f).bytes
+                                          : backward_places<Format::kFloat32>(f).bytes;
+    },
+    [](const LinearBackward& f) {
+      f.dtype == Format::kBfloat16 ? run_linear_backward<Format::kBfloat16>(f)
+                                   : run_linear_backward<Format::kFloat32>(f);
     },
 };
 

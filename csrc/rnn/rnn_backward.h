@@ -12,7 +12,7 @@
 #pragma once
 
 #include "core/math.h"
-#include "rnn/rnn_weight_grad.h"
+#include "core/weight_grad.h"
 #include "rnn/rnn_weights.h"
 
 namespace encdec::rnn {

@@ -27,6 +27,8 @@ _OPS = (
     "varlen_attention",
     "linear_pack",
     "linear_forward",
+    "linear_product",
+    "linear_backward",
     "bridge_pack",
     "bridge_forward",
 )

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from encdec_fast.backends import Description
 from encdec_fast.nn.additive_attention import AdditiveAttention, Lengths
 from encdec_fast.nn.cells import GRUCell, LSTMCell
+from encdec_fast.nn.linear import Linear
 from encdec_fast.nn.location_attention import LocationAttention
 from encdec_fast.nn.luong_attention import LuongAttention
 from encdec_fast.ops.attention_decoder import attention_decoder, describe
@@ -26,6 +27,11 @@ def _is_watched(module: nn.Module) -> bool:
         if "forward" in part.__dict__ or any(part.__dict__.get(name) for name in _HOOKS):
             return True
     return False
+
+
+def _is_plain(part: nn.Module) -> bool:
+    """Whether a projection is its weight and nothing else."""
+    return type(part) in (nn.Linear, Linear) and part.bias is None
 
 
 class AttentionDecoderCell(nn.Module):
@@ -202,6 +208,9 @@ class AttentionDecoder(nn.Module):
         if not isinstance(cell, (nn.LSTMCell, nn.GRUCell)) or _is_watched(self.cell):
             return None
         if type(cell) not in (nn.LSTMCell, nn.GRUCell, LSTMCell, GRUCell):
+            return None
+        parts = (getattr(attention, name, None) for name in ("query_proj", "score", "score_proj"))
+        if any(isinstance(part, nn.Module) and not _is_plain(part) for part in parts):
             return None
         query_weight = score_weight = None
         if kind is AdditiveAttention and not attention.coverage:

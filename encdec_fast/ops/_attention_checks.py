@@ -66,6 +66,8 @@ def as_memory_lengths(lengths: Tensor | Sequence[int] | None, keys: Tensor) -> S
     if lengths is None:
         return None
     if not isinstance(lengths, Tensor):
+        if any(not isinstance(n, (int, Tensor)) for n in lengths):
+            raise RuntimeError(f"memory_lengths must be integers, but it is {lengths!r}")
         lengths = torch.tensor(lengths, dtype=torch.int64, device="cpu")
     integer = not (lengths.is_floating_point() or lengths.is_complex())
     if not integer or lengths.dtype == torch.bool or lengths.device.type != "cpu":
@@ -78,7 +80,7 @@ def as_memory_lengths(lengths: Tensor | Sequence[int] | None, keys: Tensor) -> S
             f"memory_lengths must have shape ({keys.shape[0]},), one for each sentence, "
             f"but it is {tuple(lengths.shape)}"
         )
-    return lengths.detach().to(torch.int64)
+    return lengths.detach().to(torch.int64).contiguous()
 
 
 def length_values(lengths: State, most: int) -> None:
@@ -171,6 +173,8 @@ def varlen(
             f"{name}: the {heads} heads of query must be a multiple of the {key.shape[1]} of key"
         )
     for what, offsets in (("query_offsets", query_offsets), ("memory_offsets", memory_offsets)):
+        if not isinstance(offsets, Tensor):
+            raise RuntimeError(f"{name}: {what} must be a tensor, but it is {type(offsets)}")
         where = offsets.device.type
         if offsets.dtype != torch.int64 or where != "cpu" or offsets.dim() != 1:
             raise RuntimeError(

@@ -180,7 +180,7 @@ def _prepare(
     """The metadata and the tensors of a call of the public function."""
     own: list[State] = [query, keys, values, score_weight, coverage, coverage_weight]
     given = [tensor for tensor in own if tensor is not None]
-    if autocasting(query.device.type):
+    if autocasting(query.device.type) and query.dtype != torch.float64:
         dtype = torch.get_autocast_dtype(query.device.type)
         own = [None if t is None else t.to(dtype) for t in own]
         given = [tensor for tensor in own if tensor is not None]

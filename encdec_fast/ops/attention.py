@@ -22,7 +22,8 @@ where s <= t.
                                       heads, (B, Tq, S)
 
 Dropout is decided by a seed that is drawn from torch's generator, and a place: the same numbers
-(Philox4x32-10, `ops/_dropout.py`) on every thread, backend and device. At a decode step the beams
+(Philox4x32-10, `ops/_dropout.py`) on every thread. Only the `torch` backend, outside of a graph,
+leaves it to torch, which draws others. At a decode step the beams
 of a sentence are its queries: keys and values are there once.
 
 A query without any key that counts has zeros for weights and output, where torch has NaN. Memory
@@ -88,6 +89,15 @@ def _counts(query: Tensor, key: Tensor, memory_lengths: State, mask: State, caus
     return found
 
 
+def _without_padding(key: Tensor, value: Tensor, memory_lengths: State) -> tuple[Tensor, Tensor]:
+    """Zeros past each sentence's end: whatever stands there, NaN too, must reach nothing."""
+    if memory_lengths is None:
+        return key, value
+    positions = torch.arange(key.shape[2], device=key.device)
+    padding = (positions >= memory_lengths.to(key.device).unsqueeze(1))[:, None, :, None]
+    return key.masked_fill(padding, 0), value.masked_fill(padding, 0)
+
+
 def reference(
     query: Tensor,
     key: Tensor,
@@ -102,12 +112,9 @@ def reference(
     seed: State = None,
 ) -> tuple[Tensor, Tensor]:
     """(output, weights) in plain PyTorch. The truth that backends are held to."""
-    scale = query.shape[-1] ** -0.5 if scale is None else scale
+    scale = max(1, query.shape[-1]) ** -0.5 if scale is None else scale
     group = query.shape[1] // key.shape[1]
-    if memory_lengths is not None:  # whatever stands in the padding, NaN too, must reach nothing
-        positions = torch.arange(key.shape[2], device=key.device)
-        padding = (positions >= memory_lengths.to(key.device).unsqueeze(1))[:, None, :, None]
-        key, value = key.masked_fill(padding, 0), value.masked_fill(padding, 0)
+    key, value = _without_padding(key, value, memory_lengths)
     key, value = (t.repeat_interleave(group, dim=1) for t in (key, value))
     scores = scale * (query @ key.transpose(2, 3))
     scores = scores if bias is None else scores + bias
@@ -126,6 +133,13 @@ def reference(
 def _laid_out(output: Tensor) -> Tensor:
     """An output or a gradient in the layout of the op: heads side by side in the features."""
     return output.transpose(1, 2).contiguous().transpose(1, 2)
+
+
+def _new_heads(like: Tensor, B: Any, H: Any, rows: Any, size: Any) -> Tensor:
+    """A tensor (B, H, rows, size) in that layout, with strides of its own: no view."""
+    one = torch.sym_max
+    row = one(H, 1) * one(size, 1)
+    return like.new_empty_strided((B, H, rows, size), (one(rows, 1) * row, one(size, 1), row, 1))
 
 
 def _reference(call: AttentionCall, *tensors: Any) -> tuple[Tensor, ...]:
@@ -154,8 +168,7 @@ def _fake(call: AttentionCall, *tensors: Any) -> tuple[Tensor, ...]:
     if call.need_weights:
         S = key.shape[2]
         shape = (B, Tq, S) if call.average_weights else (B, H, Tq, S)
-    output = query.new_empty((B, Tq, H, value.shape[3])).transpose(1, 2)
-    return output, query.new_empty(shape)
+    return _new_heads(query, B, H, Tq, value.shape[3]), query.new_empty(shape)
 
 
 OP = TensorOp(
@@ -189,6 +202,7 @@ def _torch(
     seed: State,
 ) -> tuple[Tensor, Tensor]:
     """torch's own fused attention."""
+    key, value = _without_padding(key, value, memory_lengths)
     # torch's kernel takes causal or a mask, not both.
     masked = memory_lengths is not None or mask is not None or bias is not None
     counts = _counts(query, key, memory_lengths, mask, call.causal and masked)
@@ -246,7 +260,13 @@ class _Recorded(torch.autograd.Function):
             output = _reference(ctx.call, *own, *saved[4:])[0]
         wanted = [t for t in own if t is not None]
         found = torch.autograd.grad(
-            output, wanted, grad, retain_graph=True, create_graph=torch.is_grad_enabled()
+            output,
+            wanted,
+            grad,
+            retain_graph=True,
+            create_graph=torch.is_grad_enabled(),
+            allow_unused=True,
+            materialize_grads=True,
         )
         grads = iter(found)
         return None, *(None if t is None else next(grads) for t in own), None, None, None
@@ -322,7 +342,7 @@ def _prepare(
     average_weights: bool = False,
 ) -> tuple[AttentionCall, list[Any]]:
     """The metadata and the tensors of a call of the public function."""
-    if autocasting(query.device.type):
+    if autocasting(query.device.type) and query.dtype != torch.float64:
         dtype = torch.get_autocast_dtype(query.device.type)
         query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
         bias = None if bias is None else bias.to(dtype)
@@ -332,7 +352,7 @@ def _prepare(
     context = "compile" if torch.compiler.is_compiling() else context_of(query, given)
     if context not in GRAPHS:
         checks.length_values(lengths, key.shape[2])
-    scale = float(query.shape[-1] ** -0.5 if scale is None else scale)
+    scale = float(max(1, query.shape[-1]) ** -0.5 if scale is None else scale)
     seed = drawn_seed(query.device) if checks.probability(dropout_p) > 0 else None
     device, training = query.device.type, needs_gradient([query, *given])
     flags = (causal, scale, float(dropout_p), average_weights and need_weights, need_weights)

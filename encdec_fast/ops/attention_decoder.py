@@ -258,7 +258,7 @@ def _prepare(
         raise ValueError(f"attention_decoder: cell must be 'lstm' or 'gru', but it is {cell!r}")
     own: list[State] = [input, h0, c0, context0, keys, values, weight_ih, weight_hh]
     own += [bias_ih, bias_hh, query_weight, score_weight]
-    if autocasting(input.device.type):
+    if autocasting(input.device.type) and input.dtype != torch.float64:
         dtype = torch.get_autocast_dtype(input.device.type)
         own = [None if t is None else t.to(dtype) for t in own]
     given = [tensor for tensor in own if tensor is not None]

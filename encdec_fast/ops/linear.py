@@ -40,11 +40,13 @@ from encdec_fast.ops._call import (
     weight_dtype_name,
 )
 from encdec_fast.ops._cpu import FORMATS, unfit
-from encdec_fast.ops._packing import kept
+from encdec_fast.ops._packing import kept, with_rows
 from encdec_fast.ops._torch import round_weights
 
 ACTIVATIONS = ("", "relu", "gelu", "gelu_tanh", "silu")  # as linear_forward numbers them
 NORMS = ("", "layer", "rms")
+# Where training packs: rows, and products of a row with the weight.
+LARGE_ROWS, LARGE_WEIGHT = 128, 128 * 128
 _RESIDUAL = 1  # its place among bias, residual, norm_weight and norm_bias
 
 _library = torch.library.Library("encdec_fast", "FRAGMENT")
@@ -74,6 +76,7 @@ class LinearCall(NamedTuple):
     weight_dtype: str
     context: str  # as in ops/_call.py
     rows: Rows = None
+    large: bool = False  # enough rows and weights that training may pack
 
 
 def reference(
@@ -131,7 +134,13 @@ def _torch(
 ) -> Tensor:
     """torch's own functions, which autograd and every transform know."""
     (weight,) = round_weights([_part(weight, call.rows)], call.weight_dtype)
-    y = F.linear(input, weight, bias)
+    return _after(call, F.linear(input, weight, bias), residual, norm_weight, norm_bias)
+
+
+def _after(
+    call: LinearCall, y: Tensor, residual: State, norm_weight: State, norm_bias: State
+) -> Tensor:
+    """What follows the product, in torch's functions."""
     if call.activation == "relu":
         y = F.relu(y)
     elif call.activation in ("gelu", "gelu_tanh"):
@@ -146,6 +155,40 @@ def _torch(
         y = F.rms_norm(y, y.shape[-1:], norm_weight, call.norm_eps)
         y = y if norm_bias is None else y + norm_bias
     return y
+
+
+class _Product(torch.autograd.Function):
+    """The product in training: the weight, which will have changed by the next call, is packed in
+    each. Backward's own gradients are those of torch's products.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, input: Tensor, weight: Tensor, bias: State) -> Tensor:
+        input, weight = input.contiguous(), with_rows(weight)
+        ctx.save_for_backward(input, weight)
+        bias = None if bias is None else bias.contiguous()
+        output: Tensor = torch.ops.encdec_fast_cpu.linear_product.default(input, weight, bias)
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[State, State, State]:
+        input, weight = ctx.saved_tensors
+        wanted = ctx.needs_input_grad
+        if torch.is_grad_enabled():  # to be differentiated once more
+            rows = grad.flatten(0, -2)
+            return (
+                grad @ weight if wanted[0] else None,
+                rows.t() @ input.flatten(0, -2) if wanted[1] else None,
+                rows.sum(0) if wanted[2] else None,
+            )
+        run = torch.ops.encdec_fast_cpu.linear_backward.default
+        found: list[Tensor] = run(grad.contiguous(), input, weight, *wanted)
+        of_input, of_weight, of_bias = found
+        return (
+            of_input if wanted[0] else None,
+            of_weight if wanted[1] else None,
+            of_bias if wanted[2] else None,
+        )
 
 
 def make_pack(kind: str, weights: list[Tensor], weight_format: int) -> Tensor:
@@ -163,6 +206,9 @@ def _cpu(
     norm_weight: State = None,
     norm_bias: State = None,
 ) -> Tensor:
+    if call.training:
+        y = _Product.apply(input, _part(weight, call.rows), bias)
+        return _after(call, y, residual, norm_weight, norm_bias)
     weight_format = FORMATS[call.weight_dtype or call.dtype]
     after = (
         None if bias is None else bias.contiguous(),
@@ -192,8 +238,14 @@ def _cpu(
 
 
 def _why_not(call: LinearCall) -> list[str]:
-    reason = "a gradient is needed: torch's own product computes it"
-    return unfit(call) + ([reason] if call.training else [])
+    reasons = unfit(call)
+    if call.training and call.dtype == torch.float16:
+        reasons.append("it trains in float32 and bfloat16, not in float16")
+    if call.training and call.context in GRAPHS:
+        reasons.append("in a graph the gradient is torch's")
+    if call.training and not call.large:
+        reasons.append("a gradient is needed, and packing pays from some hundred rows on")
+    return reasons
 
 
 BACKENDS = (
@@ -267,7 +319,11 @@ def describe_call(
     else:
         context = context_of(input, given)
     fixed = (activation, norm, norm_eps, weight_dtype)
-    call = LinearCall(input.dtype, device, training, *fixed, context, rows)
+    large = False
+    if training and context not in GRAPHS:  # sizes may be symbols there
+        weights = weight.numel()
+        large = weights >= LARGE_WEIGHT and input.numel() >= LARGE_ROWS * weight.shape[-1]
+    call = LinearCall(input.dtype, device, training, *fixed, context, rows, large)
     return (BACKENDS if _fits(input, weight, others, rows) else BACKENDS[1:]), call
 
 

@@ -97,8 +97,8 @@ def _cpu(
         with_rows(query),
         with_rows(key),
         with_rows(value),
-        query_offsets,
-        memory_offsets,
+        query_offsets.contiguous(),
+        memory_offsets.contiguous(),
         call.causal,
         call.scale,
     )
@@ -139,13 +139,13 @@ def _prepare(
 ) -> tuple[VarlenCall, tuple[Tensor, ...]]:
     """The metadata and the tensors of a call of the public function."""
     device = query.device.type
-    if autocasting(device):
+    if autocasting(device) and query.dtype != torch.float64:
         dtype = torch.get_autocast_dtype(device)
         query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
     checks.varlen(query, key, value, query_offsets, memory_offsets)
     given = [key, value]
     context = "compile" if torch.compiler.is_compiling() else context_of(query, given)
-    scale = float(query.shape[-1] ** -0.5 if scale is None else scale)
+    scale = float(max(1, query.shape[-1]) ** -0.5 if scale is None else scale)
     training = needs_gradient([query, *given])
     call = VarlenCall(query.dtype, device, training, causal, scale, context)
     return call, (query, key, value, query_offsets, memory_offsets)

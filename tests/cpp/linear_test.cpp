@@ -2,6 +2,7 @@
 // that a call has, against sums in double: every format, both ways to split the work, a norm.
 #include "linear/linear.h"
 
+#include <algorithm>
 #include <cmath>
 #include <vector>
 
@@ -70,11 +71,63 @@ void test(const Kernels& kernels, Format format, int64_t M, int64_t N, int64_t K
   CHECK_NEAR(worst, 0.0, allowed);
 }
 
+// The gradients against sums in double, with several chunks of rows.
+void test_backward(const Kernels& kernels, int64_t M, int64_t N, int64_t K, int threads) {
+  std::vector<float> x = random_floats(M * K), w = random_floats(N * K),
+                     grad = random_floats(M * N), gx(x.size()), gw(w.size()),
+                     gb(static_cast<size_t>(N));
+  const auto at = [](const std::vector<float>& t, int64_t i) {
+    return double(t[static_cast<size_t>(i)]);
+  };
+  LinearBackward f{};
+  f.dtype = Format::kFloat32;
+  f.M = M;
+  f.N = N;
+  f.K = K;
+  f.weight = {Format::kFloat32, chars(w), K, N, K};
+  f.grad = chars(grad);
+  f.grad_stride = N * 4;
+  f.input = chars(x);
+  f.input_stride = K * 4;
+  f.grad_input = chars(gx);
+  f.grad_weight = chars(gw);
+  f.grad_bias = chars(gb);
+  plan(f, threads);
+  f.chunk_rows = (M + 2) / 3;
+  Lines workspace(kernels.backward_workspace(f));
+  f.workspace = workspace.data;
+  kernels.backward(f);
+  double worst = 0.0;
+  for (int64_t m = 0; m < M; ++m) {
+    for (int64_t k = 0; k < K; ++k) {
+      double sum = 0.0;
+      for (int64_t n = 0; n < N; ++n) sum += at(grad, m * N + n) * at(w, n * K + k);
+      worst = std::max(worst, std::fabs(sum - at(gx, m * K + k)));
+    }
+  }
+  for (int64_t n = 0; n < N; ++n) {
+    double bias = 0.0;
+    for (int64_t m = 0; m < M; ++m) bias += at(grad, m * N + n);
+    worst = std::max(worst, std::fabs(bias - at(gb, n)));
+    for (int64_t k = 0; k < K; ++k) {
+      double sum = 0.0;
+      for (int64_t m = 0; m < M; ++m) sum += at(grad, m * N + n) * at(x, m * K + k);
+      worst = std::max(worst, std::fabs(sum - at(gw, n * K + k)));
+    }
+  }
+  CHECK_NEAR(worst, 0.0, 1e-4);
+}
+
 }  // namespace
 
 void run_tests() {
   for (const Isa isa : kAllIsas) {
     if (!isa_supported(isa)) continue;
+    for (const int threads : {1, 3}) {
+      test_backward(kernels(isa), 1, 1, 1, threads);
+      test_backward(kernels(isa), 40, 33, 50, threads);
+      test_backward(kernels(isa), 131, 70, 17, threads);
+    }
     for (const Format format :
          {Format::kFloat32, Format::kBfloat16, Format::kFloat16, Format::kInt8}) {
       for (const Norm norm : {Norm::kNone, Norm::kLayer, Norm::kRms}) {

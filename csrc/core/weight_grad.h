@@ -6,16 +6,15 @@
 #pragma once
 
 #include "core/gemm.h"
+#include "core/panels.h"
 #include "core/team.h"
-#include "rnn/rnn_weights.h"
 
-namespace encdec::rnn {
+namespace encdec {
 namespace ENCDEC_ISA_NAMESPACE {
 
 template <Format format>
 struct WeightGrad {
-  using Pl = PlainBlocking;
-  static constexpr int NV = Pl::kVectors;
+  static constexpr int NV = kVectors;
   static constexpr int kTileRows = max_tile_rows(NV);
   static constexpr int kStripTiles = 4;  // tiles of gate units that pass over a panel together
   static constexpr int kGroup = group_size(format);
@@ -33,7 +32,7 @@ struct WeightGrad {
   Barrier& barrier;
 
   static int64_t packed_bytes(int64_t chunk_rows, int64_t width) {
-    return Pl::blocks(width) * packed_panel_bytes(format, chunk_rows, NV);
+    return panels_of(width) * packed_panel_bytes(format, chunk_rows, NV);
   }
   static int64_t bytes(int64_t chunk_rows, int64_t widest, int64_t row_bytes) {
     return packed_bytes(chunk_rows, widest) + (kPaired ? (chunk_rows + 1) / 2 * 2 * row_bytes : 0);
@@ -60,9 +59,9 @@ struct WeightGrad {
   void add(const char* const* x_rows, int64_t width, int first, int gates, GateOf gate_of,
            float* target, bool overwrite) const {
     const int64_t panel = packed_panel_bytes(format, chunk_rows, NV);
-    const int64_t blocks = Pl::blocks(width);
+    const int64_t blocks = panels_of(width);
     for (int64_t b = part(blocks, rank); b < part(blocks, rank + 1); ++b) {
-      pack_block(x_rows, width, b * Pl::kUnits, buffer + b * panel);
+      pack_block(x_rows, width, b * kPanel, buffer + b * panel);
     }
     barrier.wait(members);
 
@@ -91,21 +90,21 @@ struct WeightGrad {
 
   void multiply_strip(const PackedView& x, RowsView strip, int64_t count, int64_t width, float* out,
                       bool overwrite) const {
-    alignas(64) float products[kTileRows * Pl::kUnits];
+    alignas(64) float products[kTileRows * kPanel];
     const RowTiles tiles(count, kTileRows);
     const bool past_caches = overwrite && last && width % kLanes == 0 &&
                              reinterpret_cast<uintptr_t>(out) % (kLanes * sizeof(float)) == 0;
-    for (int64_t b = 0; b < Pl::blocks(width); ++b) {
+    for (int64_t b = 0; b < panels_of(width); ++b) {
       for (int64_t i = 0; i < tiles.count; ++i) {
         const int64_t row = tiles.begin(i);
         const int n = static_cast<int>(tiles.begin(i + 1) - row);
-        multiply_rows<format, NV>(n, x, b, strip.from(row), products, Pl::kUnits);
+        multiply_rows<format, NV>(n, x, b, strip.from(row), products, kPanel);
         for (int j = 0; j < n; ++j) {
-          for (int v = 0; v < NV && b * Pl::kUnits + v * kLanes < width; ++v) {
-            const int64_t column = b * Pl::kUnits + v * kLanes;
+          for (int v = 0; v < NV && b * kPanel + v * kLanes < width; ++v) {
+            const int64_t column = b * kPanel + v * kLanes;
             const int lanes = lanes_left(column, width);
             char* to = reinterpret_cast<char*>(out + (row + j) * width + column);
-            const Float product = load(products + j * Pl::kUnits + v * kLanes);
+            const Float product = load(products + j * kPanel + v * kLanes);
             if (past_caches) {
               store_past_caches(reinterpret_cast<float*>(to), product);
               continue;
@@ -141,4 +140,4 @@ struct WeightGrad {
 };
 
 }  // namespace ENCDEC_ISA_NAMESPACE
-}  // namespace encdec::rnn
+}  // namespace encdec
