@@ -54,7 +54,7 @@ class OpCase:
         """
         if self.op == "linear":
             m, n, k = self.shape
-            return 2 * m * n * k
+            return (6 if self.training else 2) * m * n * k
         if self.op == "transformer_encoder":
             b, t = self.shape
             return 6 * 2 * b * t * (4 * 512 * 512 + 2 * 512 * 2048 + 2 * 512 * t)

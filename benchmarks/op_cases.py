@@ -17,7 +17,7 @@ from torch.nn import functional as F
 import encdec_fast
 from benchmarks import network_cases
 from benchmarks.op_case import Contender, Op, OpCase, Results, Work, gradients, inference, training
-from encdec_fast.ops import additive_attention, attention
+from encdec_fast.ops import additive_attention, attention, linear
 from encdec_fast.ops._cpu import FORMATS
 from encdec_fast.ops._packing import kept
 from encdec_fast.ops.additive_attention import reference as additive_reference
@@ -143,6 +143,8 @@ def _linear(case: OpCase) -> Work:
     torch.manual_seed(0)
     dtype = torch.bfloat16 if case.dtype == "bfloat16" else torch.float32
     x = torch.randn(m, k).to(dtype)
+    if case.training:
+        return _linear_training(x, nn.Linear(k, n).to(dtype))
     module = nn.Linear(k, n).to(dtype).requires_grad_(False)
     ours = encdec_fast.nn.Linear(k, n).to(dtype).requires_grad_(False)
     ours.load_state_dict(module.state_dict())
@@ -167,6 +169,18 @@ def _linear(case: OpCase) -> Work:
     ]
     right = F.linear(x.double(), module.weight.double(), module.bias.double())
     return Work(contenders, {"output": right})
+
+
+def _linear_training(x: Tensor, module: nn.Linear) -> Work:
+    leaves = [x, module.weight.detach(), module.bias.detach()]
+    grad = torch.randn(x.shape[0], module.out_features).to(x.dtype)
+    functions: dict[str, Callable[..., Tensor]] = {"torch": F.linear, "encdec_fast": linear}
+    contenders = []
+    for name, function in functions.items():
+        own = [leaf.clone().requires_grad_() for leaf in leaves]
+        contenders.append(Contender(name, training(function, own, grad), gradients))
+    exact = [leaf.double().requires_grad_() for leaf in leaves]
+    return Work(contenders, gradients(training(F.linear, exact, grad.double())()))
 
 
 MAKERS: dict[Op, Callable[[OpCase], Work]] = {
@@ -203,6 +217,11 @@ SUITES: dict[str, list[OpCase]] = {
         for m in LINEAR_ROWS
         for n in LINEAR_SIZES
         for k in LINEAR_SIZES
+    ]
+    + [
+        OpCase("linear", dtype, shape, training=True)
+        for dtype in ("float32", "bfloat16")
+        for shape in ((640, 512, 512), (640, 2048, 512), (4096, 512, 2048))
     ],
     **network_cases.SUITES,
 }

@@ -120,7 +120,7 @@ def _encoder(dtype: str, padded: bool) -> Callable[[OpCase], bool]:
 
 
 def _linear(dtype: str, rows: Callable[[int], bool]) -> Callable[[OpCase], bool]:
-    return lambda c: c.op == "linear" and c.dtype == dtype and rows(c.shape[0])
+    return lambda c: c.op == "linear" and c.dtype == dtype and not c.training and rows(c.shape[0])
 
 
 _ONE, *_LARGE = ((32, 1, 50, 512), (32, 50, 50, 512), (8, 128, 512, 512))
@@ -209,7 +209,7 @@ BARS = (
     ),
     OpBar(
         "M = 1, Python's part in µs",
-        lambda c: c.op == "linear" and c.shape[0] == 1,
+        lambda c: c.op == "linear" and c.shape[0] == 1 and not c.training,
         lambda r: r.python,
         most=8,
     ),
