@@ -5,6 +5,7 @@
 #include "attention/attention.h"
 #include "attention/tiles.h"
 #include "core/gemm.h"
+#include "core/layout.h"
 #include "core/panels.h"
 #include "core/random.h"
 
@@ -18,20 +19,6 @@ constexpr int64_t panels_bytes(Format format, int64_t k, int64_t columns) {
 // Whether weights must be staged for the product: float rows are what it reads.
 template <Format format>
 constexpr bool kStaged = format == Format::kBfloat16;
-
-// Places of a workspace, one behind the other, each at a cache line.
-class Layout {
- public:
-  int64_t take(int64_t bytes) {
-    const int64_t here = end_;
-    end_ += round_up(bytes, 64);
-    return here;
-  }
-  int64_t end() const { return end_; }
-
- private:
-  int64_t end_ = 0;
-};
 
 // A matrix for the right side of a product, `size` numbers in each of its rows. It has room for
 // `most` of k, so that every panel starts at a fixed place.

@@ -31,26 +31,20 @@ template <Cell cell, Format format>
 inline FeedPlaces feed_places(const Forward& f) {
   using Bl = Blocking<cell>;
   FeedPlaces p{};
-  int64_t at = 0;
-  const auto take = [&](int64_t bytes) {
-    const int64_t here = at;
-    at += round_up(bytes, 64);
-    return here;
-  };
+  Layout all, member;
   const Memory& m = f.memory;
-  p.memory = memory_places(m, f.rnn.shape.B, take);
+  p.memory = memory_places(m, f.rnn.shape.B, all);
   const int64_t panel = packed_panel_bytes(format, f.rnn.shape.H, kVectors);
-  p.query_weight = take(m.query_weight ? panels_of(m.A) * panel : 0);
-  p.feed_weight =
-      take(Bl::blocks(f.rnn.shape.H) * Bl::kPanels * packed_panel_bytes(format, m.M, Bl::kVectors));
-  p.fed = take(f.rnn.shape.B * staged_row_bytes(format, m.M));
-  p.q = take(f.rnn.shape.B * p.memory.stride * 4);
-  p.member = at;
-  at = 0;
-  p.factors = take(kTileQueries * p.memory.stride * 4);
-  p.keys = take(kKeyBlock * p.memory.stride * 4);
-  p.scores = take(row_floats(p.memory.padded) * 4);
-  p.member_bytes = at;
+  p.query_weight = all.take(m.query_weight ? panels_of(m.A) * panel : 0);
+  p.feed_weight = all.take(Bl::blocks(f.rnn.shape.H) * Bl::kPanels *
+                           packed_panel_bytes(format, m.M, Bl::kVectors));
+  p.fed = all.take(f.rnn.shape.B * staged_row_bytes(format, m.M));
+  p.q = all.take(f.rnn.shape.B * p.memory.stride * 4);
+  p.member = all.end();
+  p.factors = member.take(kTileQueries * p.memory.stride * 4);
+  p.keys = member.take(kKeyBlock * p.memory.stride * 4);
+  p.scores = member.take(row_floats(p.memory.padded) * 4);
+  p.member_bytes = member.end();
   p.bytes = p.member + f.rnn.threads * p.member_bytes;
   return p;
 }

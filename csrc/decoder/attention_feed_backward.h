@@ -40,39 +40,34 @@ struct FeedBackwardPlaces {
 template <Cell cell, Format format>
 inline FeedBackwardPlaces feed_backward_places(const Backward& f) {
   FeedBackwardPlaces p{};
-  int64_t at = 0;
-  const auto take = [&](int64_t bytes) {
-    const int64_t here = at;
-    at += round_up(bytes, 64);
-    return here;
-  };
+  Layout all, member;
   const Memory& m = f.memory;
   const rnn::Shape& s = f.rnn.shape;
-  p.memory = memory_places(m, s.B, take);
+  p.memory = memory_places(m, s.B, all);
   p.value_stride = row_floats(m.M);
-  p.values = take(s.B * p.memory.padded * p.value_stride * 4);
+  p.values = all.take(s.B * p.memory.padded * p.value_stride * 4);
   p.d_query_row = staged_row_bytes(format, m.A);
   const int64_t gates = rnn::gate_count(cell);
   const int64_t padded = round_up(s.H, Plain::kUnits);
-  p.feed_weight = take(Plain::blocks(m.M) * packed_panel_bytes(format, gates * padded, kVectors));
+  p.feed_weight =
+      all.take(Plain::blocks(m.M) * packed_panel_bytes(format, gates * padded, kVectors));
   p.fed_row = round_up(m.M, kPanel);
-  p.fed_grads = take(s.B * p.fed_row * 4);
-  p.fed_rows = take(f.rnn.chunk_rows * static_cast<int64_t>(sizeof(char*)));
-  p.fed_sums = take(f.rnn.dtype == Format::kFloat32 ? 0 : gates * s.H * m.M * 4);
+  p.fed_grads = all.take(s.B * p.fed_row * 4);
+  p.fed_rows = all.take(f.rnn.chunk_rows * static_cast<int64_t>(sizeof(char*)));
+  p.fed_sums = all.take(f.rnn.dtype == Format::kFloat32 ? 0 : gates * s.H * m.M * 4);
   if (m.query_weight) {
-    p.query_weight = take(panels_of(s.H) * packed_panel_bytes(format, m.A, kVectors));
-    p.d_query = take(s.T * s.B * p.d_query_row);
-    p.rows = take(s.T * s.B * static_cast<int64_t>(sizeof(char*)));
-    p.products = take(WeightGrad<format>::bytes(s.T * s.B, s.H, p.d_query_row));
-    p.sums = take(f.rnn.dtype == Format::kFloat32 ? 0 : m.A * s.H * 4);
+    p.query_weight = all.take(panels_of(s.H) * packed_panel_bytes(format, m.A, kVectors));
+    p.d_query = all.take(s.T * s.B * p.d_query_row);
+    p.rows = all.take(s.T * s.B * static_cast<int64_t>(sizeof(char*)));
+    p.products = all.take(WeightGrad<format>::bytes(s.T * s.B, s.H, p.d_query_row));
+    p.sums = all.take(f.rnn.dtype == Format::kFloat32 ? 0 : m.A * s.H * 4);
   }
-  p.member = at;
-  at = 0;
-  p.d_context = take(kTileQueries * p.value_stride * 4);
-  p.factors = take(p.memory.stride * 4);
-  p.grads = take(row_floats(p.memory.padded) * 4);
-  p.keys = take(kKeyBlock * p.memory.stride * 4);
-  p.member_bytes = at;
+  p.member = all.end();
+  p.d_context = member.take(kTileQueries * p.value_stride * 4);
+  p.factors = member.take(p.memory.stride * 4);
+  p.grads = member.take(row_floats(p.memory.padded) * 4);
+  p.keys = member.take(kKeyBlock * p.memory.stride * 4);
+  p.member_bytes = member.end();
   p.bytes = p.member + f.rnn.threads * p.member_bytes;
   return p;
 }

@@ -6,6 +6,7 @@
 
 #include "attention/additive_forward.h"
 #include "core/gemm.h"
+#include "core/layout.h"
 #include "core/panels.h"
 #include "decoder/attention_decoder.h"
 
@@ -28,14 +29,13 @@ struct MemoryPlaces {
   int64_t v;             // float [A]
 };
 
-template <class Take>
-inline MemoryPlaces memory_places(const Memory& m, int64_t B, const Take& take) {
+inline MemoryPlaces memory_places(const Memory& m, int64_t B, Layout& layout) {
   MemoryPlaces p{};
   p.stride = row_floats(m.A);
   p.padded = round_up(m.S, kKeyBlock);
-  p.keys = take(B * p.padded * p.stride * 4);
-  p.direct = take(B * 4);
-  p.v = take(round_up(m.A, kLanes) * 4);
+  p.keys = layout.take(B * p.padded * p.stride * 4);
+  p.direct = layout.take(B * 4);
+  p.v = layout.take(round_up(m.A, kLanes) * 4);
   return p;
 }
 

@@ -4,6 +4,7 @@
 //     dW += dy' x     core/weight_grad.h; db: the columns' sums
 #pragma once
 
+#include "core/layout.h"
 #include "core/panels.h"
 #include "core/weight_grad.h"
 #include "linear/linear.h"
@@ -26,20 +27,16 @@ struct BackwardPlaces {
 template <Format format>
 inline BackwardPlaces backward_places(const LinearBackward& f) {
   BackwardPlaces p{};
-  int64_t at = 0;
-  const auto take = [&](int64_t bytes) {
-    const int64_t here = at;
-    at += round_up(bytes, 64);
-    return here;
-  };
-  p.weight = take(f.grad_input ? panels_of(f.K) * packed_panel_bytes(format, f.N, kVectors) : 0);
+  Layout layout;
+  p.weight =
+      layout.take(f.grad_input ? panels_of(f.K) * packed_panel_bytes(format, f.N, kVectors) : 0);
   p.row = staged_row_bytes(format, f.N);
-  p.grads = take(f.chunk_rows * p.row);
-  p.pointers = take(f.chunk_rows * static_cast<int64_t>(sizeof(char*)));
-  p.products = take(f.grad_weight ? WeightGrad<format>::bytes(f.chunk_rows, f.K, p.row) : 0);
-  p.sums = take(f.grad_weight && f.dtype != Format::kFloat32 ? f.N * f.K * 4 : 0);
-  p.bias = take(round_up(f.N, kLanes) * 4);
-  p.bytes = at;
+  p.grads = layout.take(f.chunk_rows * p.row);
+  p.pointers = layout.take(f.chunk_rows * static_cast<int64_t>(sizeof(char*)));
+  p.products = layout.take(f.grad_weight ? WeightGrad<format>::bytes(f.chunk_rows, f.K, p.row) : 0);
+  p.sums = layout.take(f.grad_weight && f.dtype != Format::kFloat32 ? f.N * f.K * 4 : 0);
+  p.bias = layout.take(round_up(f.N, kLanes) * 4);
+  p.bytes = layout.end();
   return p;
 }
 
