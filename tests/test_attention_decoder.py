@@ -434,6 +434,20 @@ def test_a_replaced_projection_is_called(native: None) -> None:
     assert decoder.cell.attention.query_proj.bias.grad is not None
 
 
+def test_rounded_weights_step_by_step(native: None) -> None:
+    decoder = encdec_fast.nn.AttentionDecoder(4, 6, 5, attention_of("additive"))
+    x, memory = torch.randn(2, 3, 4), torch.randn(2, 7, 5)
+    with torch.no_grad():
+        exact = decoder(x, memory)[0]
+        encdec_fast.optimize(decoder, "int8")
+        with pytest.raises(TypeError, match="step by step"):
+            explain(decoder, x, memory)
+        difference = (decoder(x, memory)[0] - exact).abs().max()
+    assert 0 < difference < 0.05
+    with pytest.raises(RuntimeError, match="weight_dtype"):
+        decoder(x, memory)
+
+
 def test_module_state_and_errors() -> None:
     decoder = encdec_fast.nn.AttentionDecoder(4, 6, 5, attention_of("additive"))
     names = {"weight_ih", "weight_hh", "bias_ih", "bias_hh"}

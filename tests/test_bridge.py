@@ -80,6 +80,25 @@ def test_states_that_do_not_fit(
         DirectBridge(**options)(states)
 
 
+BAD_KINDS: dict[str, tuple[Any, str]] = {
+    "list": (list(pair(2)), "got list"),
+    "none": (None, "got NoneType"),
+    "three": ((*pair(1), torch.randn(1, 3, 5)), "got 3 of them"),
+    "no tensors": ((torch.randn(1, 3, 5), None), "got tuple"),
+}
+
+
+@pytest.mark.parametrize(("states", "text"), BAD_KINDS.values(), ids=BAD_KINDS)
+def test_states_of_another_kind(states: Any, text: str) -> None:
+    for module, rest in (
+        (DirectBridge(), ()),
+        (DirectBridge(merge="projection", hidden_size=5, output_size=4, lstm=True), ()),
+        (GatedBridge(5, 4), (torch.randn(3, 4),)),
+    ):
+        with pytest.raises(RuntimeError, match=rf"pair \(h, c\).*{text}"):
+            module(states, *rest)
+
+
 def test_merge_directions_refuses() -> None:
     with pytest.raises(RuntimeError, match="3 dimensions"):
         merge_directions(torch.randn(2, 5))

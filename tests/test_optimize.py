@@ -238,3 +238,31 @@ def test_a_forward_of_its_own_is_left_alone() -> None:
     optimize(model)
     assert type(model[0]) is nn.GRU
     assert "forward was replaced" in optimization_report(model)[0].reason
+
+
+def test_restore_leaves_what_was_parametrized_since() -> None:
+    model = optimize(nn.Sequential(nn.Linear(24, 24), nn.Linear(24, 24)), "int8")
+    nn.utils.parametrizations.weight_norm(model[0])
+    x = torch.randn(3, 24)
+    with torch.no_grad():
+        expected = model[0](x)
+        restore(model)
+        assert torch.equal(model[0](x), expected)
+    assert isinstance(model[0], encdec_fast.nn.Linear)
+    assert type(model[1]) is nn.Linear
+    report = {line.name: line for line in optimization_report(model)}
+    assert "parametrized" in report["0"].reason
+    nn.utils.parametrize.remove_parametrizations(model[0], "weight")
+    restore(model)
+    assert type(model[0]) is nn.Linear
+    assert not hasattr(model[0], "weight_dtype")
+    model(x)
+
+
+def test_restore_leaves_a_class_that_was_given_since() -> None:
+    class Mine(encdec_fast.nn.Linear):
+        """A class of the user's own."""
+
+    model = optimize(nn.Sequential(nn.Linear(3, 4)))
+    model[0].__class__ = Mine
+    assert type(restore(model)[0]) is Mine

@@ -11,7 +11,7 @@ from torch.nn.utils.rnn import PackedSequence
 
 from encdec_fast.backends import Description
 from encdec_fast.ops import _checks, _public, _recurrent
-from encdec_fast.ops._call import WEIGHT_DTYPES, LayerResult, State
+from encdec_fast.ops._call import LayerResult, State, weight_dtype_name
 from encdec_fast.ops._layer import LayerOp
 from encdec_fast.ops._recurrent import Arguments, Network
 
@@ -47,7 +47,7 @@ class RecurrentModule(torch.nn.RNNBase):
             self.bidirectional,
             self.batch_first,
             self.proj_size > 0,
-            WEIGHT_DTYPES[self.weight_dtype],
+            weight_dtype_name(self.weight_dtype, False),
         )
 
     def _states(self, hx: Any, dim: int) -> tuple[State, State] | None:

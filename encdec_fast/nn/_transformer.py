@@ -11,9 +11,9 @@ from torch.nn import functional as F
 from torch.nn.modules import module as torch_module
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
-from encdec_fast.backends import Backend, Description
+from encdec_fast.backends import Backend, Description, select
 from encdec_fast.nn.linear import Linear
-from encdec_fast.ops._call import WEIGHT_DTYPES, State, autocasting, context_of
+from encdec_fast.ops._call import State, autocasting, context_of, weight_dtype_name
 from encdec_fast.ops._cpu import CONTEXTS
 from encdec_fast.ops.attention import attention
 from encdec_fast.ops.linear import Rows, run
@@ -21,6 +21,7 @@ from encdec_fast.ops.varlen_attention import varlen_attention
 
 PROJECTIONS = frozenset({nn.Linear, NonDynamicallyQuantizableLinear, Linear})
 COMPUTED = "a weight is computed anew in every call"
+UNFIT = "the arguments do not fit: torch says what is wrong"
 
 
 class Masks(NamedTuple):
@@ -227,7 +228,7 @@ def attend(
     """norm(residual + attention) on (B, T, E), or on (N, E) with sentences."""
     weights = weights_of(module)
     assert weights is not None
-    dtype = WEIGHT_DTYPES[getattr(module, "weight_dtype", None)]
+    dtype = weight_dtype_name(getattr(module, "weight_dtype", None), training=False)
     batched = type(where) is Masks
     inputs, arrange = (query, memory, memory), heads_second if batched else as_it_is
     q, k, v = project(weights, inputs, module.num_heads, dtype, arrange)
@@ -264,7 +265,7 @@ def product(
 ) -> Tensor:
     """norm(residual + activation(linear(input))), where `module` is the linear."""
     own: Any = module._parameters
-    dtype = WEIGHT_DTYPES[getattr(module, "weight_dtype", None)]
+    dtype = weight_dtype_name(getattr(module, "weight_dtype", None), training=False)
     return _finish(input, own["weight"], own["bias"], residual, norm, activation, dtype)
 
 
@@ -308,6 +309,12 @@ BACKENDS = (
     Backend("cpu", not_here, _cpu_why_not),
     Backend("torch", not_here, lambda call: []),
 )
+
+
+def decline(reason: str) -> None:
+    """Before torch's own code runs in place of the kernels: BackendRefused if it must not."""
+    if not torch.compiler.is_compiling():
+        select(BACKENDS, ModuleCall((reason,), ()))
 
 
 def part_of(description: Description, name: str) -> tuple[str, tuple[Backend, ...], Any]:

@@ -50,6 +50,8 @@ _KNOWN: dict[str, tuple[Kinds, str]] = {
     "dropout2": (DROPOUTS, ""),
     "dropout3": (DROPOUTS, ""),
 }
+# The methods that torch's forward is made of: one set on an instance is to be called.
+_BLOCKS = ("_sa_block", "_mha_block", "_ff_block")
 _OURS: dict[type[nn.Module], type[nn.Module]] = {
     nn.MultiheadAttention: MultiheadAttention,
     nn.Linear: Linear,
@@ -95,6 +97,9 @@ class Layer(Whole):
                 return f"{name} has a hook or a forward of its own"
             if weight and weight not in part._parameters:
                 return f"{name}: {COMPUTED}"
+        for name in _BLOCKS:
+            if name in self.__dict__:
+                return f"{name} was replaced on the instance"
         return "a hook listens to all modules" if torch_module._has_any_global_hook() else ""
 
     def why_torch(self, inputs: list[Tensor]) -> str:
@@ -104,16 +109,22 @@ class Layer(Whole):
     def why_apart(self, inputs: list[Tensor]) -> str:
         """Why the parts run one after the other; "" if they are fused. After `why_torch`."""
         parts: Any = self._modules
+        own = parts["self_attn"]
         for name, kinds, _ in self._parts:
             part = parts[name]
             if kinds is DROPOUTS:
                 if part.training and part.p > 0:
                     return "dropout is on"
+            elif kinds is NORMS:
+                if part.normalized_shape != (own.embed_dim,):
+                    return f"{name} is not over the features of one token"
             elif kinds is ATTENTIONS:
                 if part.training and part.dropout > 0:
                     return "dropout is on"
                 if not can_fuse(part):
                     return f"{name} is not one that can be fused"
+                if part.batch_first != own.batch_first:
+                    return "batch_first is not the same in both attentions"
         if not activation_name(self.activation):
             return "the activation is a function of its own"
         if torch.is_grad_enabled() and needs_gradient([*inputs, *self.parameters()]):
@@ -123,6 +134,12 @@ class Layer(Whole):
     def batch_first(self) -> bool:
         own: Any = self._modules["self_attn"]
         return bool(own.batch_first)
+
+    def heads(self) -> list[tuple[int, int]]:
+        """What the masks of this layer's attentions depend on, beside the arguments."""
+        parts: Any = self._modules
+        own = [parts[name] for name, kinds, _ in self._parts if kinds is ATTENTIONS]
+        return [(part.num_heads, part.embed_dim) for part in own]
 
     def masks(
         self, name: str, query: Tensor, memory: Tensor, mask: State, padding: State, causal: bool

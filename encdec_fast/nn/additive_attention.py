@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from encdec_fast.backends import Description
+from encdec_fast.nn._parts import Reads, attend_by_score, describe_called, why_called
 from encdec_fast.ops.additive_attention import additive_attention, describe
 
 Lengths = Tensor | Sequence[int] | None
@@ -28,6 +29,8 @@ class AdditiveAttention(nn.Module):
         hidden = torch.tanh(query_proj(query).unsqueeze(2) + memory_proj(memory).unsqueeze(1))
         weights = torch.softmax(score(hidden).squeeze(-1), dim=-1)
         context = weights @ memory
+
+    Where score or coverage_proj has a hook, was replaced or is parametrized, they are called.
 
     Bahdanau, Cho and Bengio, 2015 (arXiv:1409.0473).
     """
@@ -55,6 +58,10 @@ class AdditiveAttention(nn.Module):
         sizes = f"{self.query_size}, {self.memory_size}, {self.attention_size}"
         return sizes + (", coverage=True" if self.coverage else "")
 
+    @property
+    def _reads(self) -> Reads:
+        return {"score": False, **({"coverage_proj": False} if self.coverage else {})}
+
     def project_memory(self, memory: Tensor) -> Tensor:
         """The keys (B, S, attention_size) of a memory: once per sentence, for all decode steps."""
         keys: Tensor = self.memory_proj(memory)
@@ -80,22 +87,20 @@ class AdditiveAttention(nn.Module):
         """
         if keys is None:
             keys = self.project_memory(memory)
-        arguments = (keys, memory, self.score.weight[0], memory_lengths)
         queries = self.query_proj(query)
+        called = bool(why_called(self, self._reads))
         if not self.coverage:
             if coverage is not None:
                 raise RuntimeError("AdditiveAttention: coverage was given to a module without it")
-            return additive_attention(queries, *arguments, need_weights)
+            given = (queries, keys, memory, memory_lengths, need_weights)
+            return self._attend(*given, None, called)
         if coverage is None:
             coverage = memory.new_zeros(memory.shape[:2])
         contexts, weights = [], []
         for t in range(queries.shape[1]):
-            context, weight = additive_attention(
-                queries[:, t : t + 1],
-                *arguments,
-                True,
-                coverage=coverage,
-                coverage_weight=self.coverage_proj.weight[:, 0],
+            now = queries[:, t : t + 1]
+            context, weight = self._attend(
+                now, keys, memory, memory_lengths, True, coverage, called
             )
             coverage = coverage + weight[:, 0]
             contexts.append(context)
@@ -107,10 +112,39 @@ class AdditiveAttention(nn.Module):
             shown = queries.new_zeros(memory.shape[0], 0, memory.shape[1])
         return (result, shown) if need_weights else result
 
+    def _attend(
+        self,
+        queries: Tensor,
+        keys: Tensor,
+        memory: Tensor,
+        lengths: Lengths,
+        need_weights: bool,
+        coverage: Tensor | None,
+        called: bool,
+    ) -> Any:
+        """The op, or with `called` calls of score and coverage_proj."""
+        if called:
+            covered = None if coverage is None else self.coverage_proj(coverage.unsqueeze(-1))
+            tensors = (queries, keys, memory)
+            return attend_by_score(self.score, *tensors, lengths, need_weights, covered)
+        options: dict[str, Any] = {}
+        if coverage is not None:
+            options = {"coverage": coverage, "coverage_weight": self.coverage_proj.weight[:, 0]}
+        v = self.score.weight[0]
+        return additive_attention(queries, keys, memory, v, lengths, need_weights, **options)
+
     def _encdec_fast_describe(
-        self, query: Tensor, memory: Tensor, memory_lengths: Lengths = None, **options: Any
+        self,
+        query: Tensor,
+        memory: Tensor,
+        memory_lengths: Lengths = None,
+        need_weights: bool = False,
+        **options: Any,
     ) -> Description:
         """What `explain` asks of a module."""
+        reason = why_called(self, self._reads)
+        if reason:
+            return describe_called("additive_attention", query, reason)
         keys = self.project_memory(memory)
         arguments = (self.query_proj(query), keys, memory, self.score.weight[0], memory_lengths)
-        return describe(*arguments, need_weights=options.get("need_weights", False))
+        return describe(*arguments, need_weights=need_weights)

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from encdec_fast.backends import Description
+from encdec_fast.nn._parts import why_called
 from encdec_fast.nn.additive_attention import AdditiveAttention, Lengths
 from encdec_fast.nn.cells import GRUCell, LSTMCell
-from encdec_fast.nn.linear import Linear
 from encdec_fast.nn.location_attention import LocationAttention
 from encdec_fast.nn.luong_attention import LuongAttention
 from encdec_fast.ops.attention_decoder import attention_decoder, describe
@@ -27,11 +27,6 @@ def _is_watched(module: nn.Module) -> bool:
         if "forward" in part.__dict__ or any(part.__dict__.get(name) for name in _HOOKS):
             return True
     return False
-
-
-def _is_plain(part: nn.Module) -> bool:
-    """Whether a projection is its weight and nothing else."""
-    return type(part) in (nn.Linear, Linear) and part.bias is None
 
 
 class AttentionDecoderCell(nn.Module):
@@ -152,7 +147,7 @@ class AttentionDecoder(nn.Module):
     Arguments and the one submodule, cell, are AttentionDecoderCell's: what was trained here decodes
     there, step by step. With AdditiveAttention (without coverage) and LuongAttention (without
     output_size) the steps are one call of `encdec_fast.ops.attention_decoder`; with any other
-    attention, or hooks on a submodule, the cell runs step by step.
+    attention, hooks on a submodule or a weight_dtype of one, the cell runs step by step.
     """
 
     def __init__(
@@ -209,8 +204,10 @@ class AttentionDecoder(nn.Module):
             return None
         if type(cell) not in (nn.LSTMCell, nn.GRUCell, LSTMCell, GRUCell):
             return None
-        parts = (getattr(attention, name, None) for name in ("query_proj", "score", "score_proj"))
-        if any(isinstance(part, nn.Module) and not _is_plain(part) for part in parts):
+        if any(getattr(part, "weight_dtype", None) for part in (cell, *attention.children())):
+            return None  # rounded weights are the parts' own affair
+        read = {"query_proj": False, "score": False, "score_proj": False}
+        if why_called(attention, {n: bias for n, bias in read.items() if n in attention._modules}):
             return None
         query_weight = score_weight = None
         if kind is AdditiveAttention and not attention.coverage:

@@ -2,18 +2,33 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from encdec_fast.backends import Description
+from encdec_fast.nn._parts import Reads, attend_by_score, describe_called, why_called
 from encdec_fast.nn.additive_attention import Lengths
+from encdec_fast.ops._call import needs_gradient, weight_dtype_name
 from encdec_fast.ops.additive_attention import additive_attention
 from encdec_fast.ops.additive_attention import describe as describe_additive
 from encdec_fast.ops.direct_bridge import MERGES, States, check_merge, direct_bridge
 from encdec_fast.ops.gated_bridge import describe as describe_gated
 from encdec_fast.ops.gated_bridge import gated_bridge
+
+
+def _check_states(name: str, states: Any) -> None:
+    """RuntimeError unless states are a tensor or a pair of tensors."""
+    if isinstance(states, Tensor):
+        return
+    if isinstance(states, tuple) and all(isinstance(state, Tensor) for state in states):
+        if len(states) == 2:
+            return
+        found = f"got {len(states)} of them"
+    else:
+        found = f"got {type(states).__name__}"
+    raise RuntimeError(f"{name}: states must be a tensor or the pair (h, c), a tuple, {found}")
 
 
 class Bridge(nn.Module):
@@ -88,6 +103,7 @@ class DirectBridge(Bridge):
 
         RuntimeError for states that do not fit the bridge.
         """
+        _check_states("DirectBridge", states)
         projected = self.merge == "projection"
         if projected and isinstance(states, tuple) != self.lstm:
             expected = "the pair (h, c)" if self.lstm else "one tensor"
@@ -121,9 +137,13 @@ class GatedBridge(Bridge):
 
         g = torch.sigmoid(gate(torch.cat([state, context], -1)))
         state = g * state + (1 - g) * torch.tanh(context_proj(context))
+
+    Where a submodule has a hook, was replaced or is parametrized, both are called, with weights
+    that are not rounded; `explain` says so.
     """
 
     weight_dtype: torch.dtype | str | None = None
+    _reads: ClassVar[Reads] = {"gate": True, "context_proj": False}
 
     def __init__(
         self,
@@ -139,10 +159,23 @@ class GatedBridge(Bridge):
         self.gate = nn.Linear(hidden_size + context_size, hidden_size, bias=bias, **where)
         self.context_proj = nn.Linear(context_size, hidden_size, bias=False, **where)
 
-    def _arguments(self, state: Tensor, context: Tensor) -> tuple[Any, ...]:
+    def _tensors(self, states: States, context: Tensor) -> tuple[Tensor, Tensor]:
+        """The hidden state, and the context with its leading sizes."""
+        _check_states("GatedBridge", states)
+        state: Tensor = states[0] if isinstance(states, tuple) else states
         if context.dim() == 2 and state.dim() == 3:  # one context for all layers
             context = context.expand(state.shape[0], -1, -1)
-        return state, context, self.gate.weight, self.context_proj.weight, self.gate.bias
+        return state, context
+
+    def _weights(self) -> tuple[Any, ...]:
+        return self.gate.weight, self.context_proj.weight, self.gate.bias
+
+    def _called(self, state: Tensor, context: Tensor) -> Tensor:
+        """The new state with calls of the submodules."""
+        training = needs_gradient([state, context, *self.parameters()])
+        weight_dtype_name(self.weight_dtype, training)  # raises
+        gate = torch.sigmoid(self.gate(torch.cat([state, context], -1)))
+        return gate * state + (1 - gate) * torch.tanh(self.context_proj(context))
 
     def forward(self, states: States, context: Tensor) -> States:
         """The state with the context in it, of the same shape.
@@ -151,17 +184,21 @@ class GatedBridge(Bridge):
         it is. context: (B, context_size), for all layers, or of the state's leading sizes.
         RuntimeError for sizes that do not fit.
         """
-        options: dict[str, Any] = {"weight_dtype": self.weight_dtype}
-        if isinstance(states, tuple):
-            hidden, cell = states
-            return gated_bridge(*self._arguments(hidden, context), **options), cell
-        return gated_bridge(*self._arguments(states, context), **options)
+        tensors = self._tensors(states, context)
+        if why_called(self, self._reads):
+            result = self._called(*tensors)
+        else:
+            result = gated_bridge(*tensors, *self._weights(), weight_dtype=self.weight_dtype)
+        return (result, states[1]) if isinstance(states, tuple) else result
 
     def _encdec_fast_describe(self, states: States, context: Tensor) -> Description:
         """What `explain` asks of a module."""
-        state: Tensor = states[0] if isinstance(states, tuple) else states
+        tensors = self._tensors(states, context)
+        reason = why_called(self, self._reads)
+        if reason:
+            return describe_called("gated_bridge", tensors[0], reason)
         options: dict[str, Any] = {"weight_dtype": self.weight_dtype}
-        return describe_gated(*self._arguments(state, context), **options)
+        return describe_gated(*tensors, *self._weights(), **options)
 
 
 class AttentionBridge(Bridge):
@@ -185,10 +222,14 @@ class AttentionBridge(Bridge):
         hidden = torch.tanh(queries.unsqueeze(1) + memory_proj(memory).unsqueeze(1))
         summary = torch.softmax(score(hidden).squeeze(-1), dim=-1) @ memory
 
+    Where score has a hook, was replaced or is parametrized, it is called.
+
     Lin et al., A Structured Self-attentive Sentence Embedding, 2017 (arXiv:1703.03130), as a bridge
     between encoder and decoder: Vázquez et al., 2019 (arXiv:1811.00498). Theirs gives each row a
     score vector of its own; here it is a query of its own, under one score vector.
     """
+
+    _reads: ClassVar[Reads] = {"score": False}
 
     def __init__(
         self,
@@ -231,16 +272,15 @@ class AttentionBridge(Bridge):
         sizes = f"{self.memory_size}, {self.attention_size}"
         return f"{sizes}, queries={self.queries.shape[0]}, num_layers={self.num_layers}"
 
-    def _arguments(
-        self, memory: Tensor, memory_lengths: Lengths
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Lengths]:
+    def _tensors(self, memory: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and memory."""
         if memory.dim() != 3 or memory.shape[2] != self.memory_size:
             raise RuntimeError(
                 f"AttentionBridge: memory must have the shape (B, S, {self.memory_size}), "
                 f"but it is {tuple(memory.shape)}"
             )
         queries = self.queries.expand(memory.shape[0], -1, -1)
-        return queries, self.memory_proj(memory), memory, self.score.weight[0], memory_lengths
+        return queries, self.memory_proj(memory), memory
 
     def forward(
         self, memory: Tensor, memory_lengths: Lengths = None, need_weights: bool = False
@@ -251,8 +291,12 @@ class AttentionBridge(Bridge):
         S. first state: (num_layers, B, hidden_size or memory_size); for an LSTM it is h. summary:
         (B, queries, memory_size). weights: (B, queries, S). RuntimeError for sizes that do not fit.
         """
-        arguments = self._arguments(memory, memory_lengths)
-        found = additive_attention(*arguments, need_weights)
+        tensors = self._tensors(memory)
+        if why_called(self, self._reads):
+            found = attend_by_score(self.score, *tensors, memory_lengths, need_weights)
+        else:
+            v = self.score.weight[0]
+            found = additive_attention(*tensors, v, memory_lengths, need_weights)
         summary, *weights = found if need_weights else (found,)
         first = summary.mean(dim=1)
         if self.state_proj is not None:
@@ -264,5 +308,8 @@ class AttentionBridge(Bridge):
         self, memory: Tensor, memory_lengths: Lengths = None, need_weights: bool = False
     ) -> Description:
         """What `explain` asks of a module."""
-        arguments = self._arguments(memory, memory_lengths)
-        return describe_additive(*arguments, need_weights)
+        reason = why_called(self, self._reads)
+        if reason:
+            return describe_called("attention_bridge", memory, reason)
+        tensors = self._tensors(memory)
+        return describe_additive(*tensors, self.score.weight[0], memory_lengths, need_weights)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from encdec_fast.backends import Description
 from encdec_fast.ops import _cells
-from encdec_fast.ops._call import WEIGHT_DTYPES, State
+from encdec_fast.ops._call import State, weight_dtype_name
 from encdec_fast.ops._layer import LayerOp
 from encdec_fast.ops.gru import OP as GRU_OP
 from encdec_fast.ops.lstm import OP as LSTM_OP
@@ -51,7 +51,7 @@ class CellModule(torch.nn.modules.rnn.RNNCellBase):
         if dim == 1:
             input = input.unsqueeze(0)
             h, c = (None if state is None else state.unsqueeze(0) for state in (h, c))
-        weight_dtype = WEIGHT_DTYPES[self.weight_dtype]
+        weight_dtype = weight_dtype_name(self.weight_dtype, False)
         return self._op, self._kind, input, h, c, self._weights(), weight_dtype
 
     def _step(self, input: Any, h: Any, c: Any) -> tuple[Tensor, State] | None:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from encdec_fast.backends import Description
-from encdec_fast.ops._call import WEIGHT_DTYPES
+from encdec_fast.ops._call import weight_dtype_name
 from encdec_fast.ops.linear import describe, run
 
 
@@ -22,7 +22,8 @@ class Linear(torch.nn.Linear):
     weight_dtype: torch.dtype | str | None = None
 
     def forward(self, input: Tensor) -> Tensor:
-        return run(input, self.weight, self.bias, weight_dtype=WEIGHT_DTYPES[self.weight_dtype])
+        dtype = weight_dtype_name(self.weight_dtype, training=False)  # `run` knows of training
+        return run(input, self.weight, self.bias, weight_dtype=dtype)
 
     def _encdec_fast_describe(self, input: Tensor) -> Description:
         """What `explain` asks of a module."""

@@ -8,9 +8,11 @@ import torch
 from torch import Tensor, nn
 
 from encdec_fast.backends import Description
+from encdec_fast.nn._parts import Reads, attend_by_score, describe_called, why_called
 from encdec_fast.nn.additive_attention import Lengths
 from encdec_fast.ops.additive_attention import additive_attention
 from encdec_fast.ops.additive_attention import describe as describe_additive
+from encdec_fast.ops.attention import attention
 from encdec_fast.ops.multiplicative_attention import (
     check_score,
     describe,
@@ -37,6 +39,9 @@ class LuongAttention(nn.Module):
         scores = score_proj(torch.tanh(hidden)).squeeze(-1)                      # concat
         context = torch.softmax(scores, dim=-1) @ memory
         output = torch.tanh(output_proj(torch.cat([context, query], -1)))
+
+    Where the submodule whose weight the scores are made of (memory_proj for "general", score_proj)
+    has a hook, was replaced or is parametrized, it is called.
 
     Luong, Pham and Manning, 2015 (arXiv:1508.04025).
     """
@@ -80,6 +85,12 @@ class LuongAttention(nn.Module):
         text = f"{self.query_size}, {self.memory_size}, score={self.score!r}"
         return text + (f", output_size={self.output_size}" if self.output_size else "")
 
+    @property
+    def _reads(self) -> Reads:
+        if self.score == "dot":
+            return {}
+        return {"memory_proj" if self.score == "general" else "score_proj": False}
+
     def project_memory(self, memory: Tensor) -> Tensor:
         """The keys of a memory: once per sentence, for all decode steps; for "dot" the memory."""
         if self.score == "dot":
@@ -89,15 +100,29 @@ class LuongAttention(nn.Module):
 
     def _arguments(
         self, query: Tensor, memory: Tensor, memory_lengths: Lengths, keys: Tensor | None
-    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """The arguments of the op; without keys, "general" projects the query."""
+    ) -> tuple[Any, Any, tuple[Any, ...], dict[str, Any]]:
+        """The op, its `describe` and its arguments; without keys, "general" projects the query."""
+        lengths = {"memory_lengths": memory_lengths}
         if self.score == "concat":
             keys = self.project_memory(memory) if keys is None else keys
             queries, v = self.query_proj(query), self.score_proj.weight[0]
-            return (queries, keys, memory, v), {"memory_lengths": memory_lengths}
+            return additive_attention, describe_additive, (queries, keys, memory, v), lengths
         weight = None if self.score == "dot" else self.memory_proj.weight
         options = {"score": self.score, "memory_lengths": memory_lengths, "keys": keys}
-        return (query, memory, weight), options
+        return multiplicative_attention, describe, (query, memory, weight), options
+
+    def _called(
+        self, query: Tensor, memory: Tensor, lengths: Lengths, shown: bool, keys: Tensor | None
+    ) -> Any:
+        """Context and weights with calls of all submodules."""
+        keys = self.project_memory(memory) if keys is None else keys
+        if self.score == "concat":
+            queries = self.query_proj(query)
+            return attend_by_score(self.score_proj, queries, keys, memory, lengths, shown)
+        heads = (tensor.unsqueeze(1) for tensor in (query, keys, memory))
+        options: dict[str, Any] = {"memory_lengths": lengths, "need_weights": shown}
+        found: Any = attention(*heads, **options, scale=1.0)
+        return tuple(t.squeeze(1) for t in found) if shown else found.squeeze(1)
 
     def forward(
         self,
@@ -115,9 +140,11 @@ class LuongAttention(nn.Module):
         past the end are zero, and all are, and the context too, where the length is zero. keys:
         what `project_memory` returned for this memory. RuntimeError for sizes that do not fit.
         """
-        arguments, options = self._arguments(query, memory, memory_lengths, keys)
-        op: Any = additive_attention if self.score == "concat" else multiplicative_attention
-        found = op(*arguments, need_weights=need_weights, **options)
+        if why_called(self, self._reads):
+            found = self._called(query, memory, memory_lengths, need_weights, keys)
+        else:
+            op, _, arguments, options = self._arguments(query, memory, memory_lengths, keys)
+            found = op(*arguments, need_weights=need_weights, **options)
         if self.output_size is None:
             return found
         context, *weights = found if need_weights else (found,)
@@ -134,7 +161,9 @@ class LuongAttention(nn.Module):
         keys: Tensor | None = None,
     ) -> Description:
         """What `explain` asks of a module."""
-        arguments, options = self._arguments(query, memory, memory_lengths, keys)
-        op: Any = describe_additive if self.score == "concat" else describe
-        found: Description = op(*arguments, need_weights=need_weights, **options)
+        reason = why_called(self, self._reads)
+        if reason:
+            return describe_called("luong_attention", query, reason)
+        _, of_op, arguments, options = self._arguments(query, memory, memory_lengths, keys)
+        found: Description = of_op(*arguments, need_weights=need_weights, **options)
         return found

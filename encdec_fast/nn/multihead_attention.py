@@ -5,13 +5,15 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from encdec_fast.backends import Description, select
+from encdec_fast.backends import Description
 from encdec_fast.nn._transformer import (
     BACKENDS,
     COMPUTED,
+    UNFIT,
     Masks,
     ModuleCall,
     Weights,
+    decline,
     heads_second,
     masks_of,
     part_of,
@@ -19,12 +21,10 @@ from encdec_fast.nn._transformer import (
     weights_of,
     why_torch,
 )
-from encdec_fast.ops._call import WEIGHT_DTYPES, State, needs_gradient, weight_dtype_name
+from encdec_fast.ops._call import State, needs_gradient, weight_dtype_name
 from encdec_fast.ops.attention import attention
 from encdec_fast.ops.attention import describe as describe_attention
 from encdec_fast.ops.linear import describe_call, run
-
-_UNFIT = "the arguments do not fit: torch says what is wrong"
 
 
 def _batch_second(x: Tensor) -> Tensor:
@@ -120,7 +120,7 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
         if not reason:
             masks = self._masks(query, key, value, key_padding_mask, attn_mask, is_causal)
         if masks is None or weights is None:
-            self._decline(reason or _UNFIT, [query, key, value])
+            self._decline(reason or UNFIT, [query, key, value])
             found: tuple[Tensor, Tensor | None] = super().forward(
                 query,
                 key,
@@ -132,7 +132,7 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
                 is_causal=is_causal,
             )
             return found
-        dtype = WEIGHT_DTYPES[self.weight_dtype]
+        dtype = weight_dtype_name(self.weight_dtype, training=False)
         batched = query.dim() == 3
         arrange = heads_second if self.batch_first else _batch_second
         arrange = arrange if batched else _no_batch
@@ -165,8 +165,7 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
         if self.weight_dtype is not None:
             training = needs_gradient([*inputs, *self.parameters()])
             weight_dtype_name(self.weight_dtype, training)
-        if not torch.compiler.is_compiling():
-            select(BACKENDS, ModuleCall((reason,), ()))
+        decline(reason)
 
     def _encdec_fast_describe(
         self,
@@ -188,9 +187,9 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
         if not reason:
             masks = self._masks(query, key, value, key_padding_mask, attn_mask, is_causal)
         if masks is None or weights is None:
-            call = ModuleCall((reason or _UNFIT,), ())
+            call = ModuleCall((reason or UNFIT,), ())
             return Description("multihead_attention", BACKENDS, call, sizes, lambda backend: "")
-        options = ("", "", 0.0, WEIGHT_DTYPES[self.weight_dtype])
+        options = ("", "", 0.0, weight_dtype_name(self.weight_dtype, training=False))
         linear = describe_call(query, weights.out, (weights.out_bias, None, None, None), *options)
         batch, queries, keys = 1, query.shape[0], key.shape[0]
         if query.dim() == 3:

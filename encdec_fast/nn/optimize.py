@@ -13,7 +13,9 @@ import torch
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from torch.nn.utils import parametrize
 
+from encdec_fast.nn._parts import why_called
 from encdec_fast.nn._transformer import Whole
+from encdec_fast.nn.bridge import GatedBridge
 from encdec_fast.nn.cells import GRUCell, LSTMCell, RNNCell
 from encdec_fast.nn.gru import GRU
 from encdec_fast.nn.layer_norm import LayerNorm
@@ -43,7 +45,7 @@ _SWAPS: dict[type[torch.nn.Module], type[torch.nn.Module]] = {
     torch.nn.TransformerDecoder: TransformerDecoder,
     torch.nn.Transformer: Transformer,
 }
-_OURS = frozenset(_SWAPS.values())
+_OURS = frozenset(_SWAPS.values()) | {GatedBridge}
 _BEFORE = "_before_optimize"  # on a module that `optimize` changed: (its class, its weight_dtype)
 
 
@@ -64,7 +66,11 @@ class ReportLine:
 
 
 class OptimizationReport(list[ReportLine]):
-    """Every module of a model that this package has a fast form of; `print` it."""
+    """Every module of a model that this package has a fast form of; `print` it.
+
+    A Linear of a bridge or an attention of this package whose weight the op of that module reads is
+    left alone: it is never called.
+    """
 
     def __str__(self) -> str:
         if not self:
@@ -78,9 +84,26 @@ class OptimizationReport(list[ReportLine]):
         return "\n".join(lines)
 
 
-def _why_left(module: torch.nn.Module) -> str | None:
+def _read(model: torch.nn.Module) -> dict[torch.nn.Module, str]:
+    """The parts whose weights the op of the module around them reads, and that module's class."""
+    found: dict[torch.nn.Module, str] = {}
+    for module in model.modules():
+        reads = getattr(module, "_reads", None)
+        if (
+            reads
+            and type(module).__module__.startswith("encdec_fast.")
+            and not why_called(module, reads)
+        ):
+            for name in reads:
+                found[module.get_submodule(name)] = type(module).__name__
+    return found
+
+
+def _why_left(module: torch.nn.Module, read: dict[torch.nn.Module, str]) -> str | None:
     """Why `optimize` leaves a module alone, "" if it swaps it, None if it does not know it."""
     kind = type(module)
+    if module in read and kind in _SWAPS:
+        return f"the op of {read[module]} reads its weight, and never calls it"
     if kind is NonDynamicallyQuantizableLinear:  # the attention that it belongs to computes it
         return None
     if kind not in _SWAPS and kind not in _OURS:
@@ -106,9 +129,10 @@ def optimize(model: _M, weight_dtype: torch.dtype | str | None = None) -> _M:
     Exactly torch.nn.LSTM, GRU, RNN, LSTMCell, GRUCell, RNNCell, Linear, LayerNorm,
     MultiheadAttention, TransformerEncoderLayer, TransformerDecoderLayer, TransformerEncoder,
     TransformerDecoder and Transformer are swapped; subclasses and parametrized modules are left
-    alone, and `optimization_report(model)` says so. Parameters,
-    state_dict, hooks and weight tying stay as they are. Doing it again changes nothing but
-    weight_dtype; `restore` undoes it.
+    alone, and `optimization_report(model)` says so; so are the parts of this package's own modules
+    that their ops compute. Of those modules GatedBridge has a weight_dtype, and it is set.
+    Parameters, state_dict, hooks and weight tying stay as they are. Doing it again changes nothing
+    but weight_dtype; `restore` undoes it.
 
     weight_dtype: None, torch.bfloat16, or "int8" (symmetric, one scale per row): the dtype in which
     inference holds the weights. The parameters keep theirs. Where a gradient is needed, a module
@@ -118,8 +142,9 @@ def optimize(model: _M, weight_dtype: torch.dtype | str | None = None) -> _M:
         raise ValueError(
             f"weight_dtype must be None, torch.bfloat16 or 'int8', but it is {weight_dtype!r}"
         )
+    read = _read(model)
     for module in model.modules():
-        if _why_left(module) == "":
+        if _why_left(module, read) == "":
             changed: Any = module
             kind = type(module)
             if _BEFORE not in module.__dict__:
@@ -133,11 +158,16 @@ def optimize(model: _M, weight_dtype: torch.dtype | str | None = None) -> _M:
 
 
 def restore(model: _M) -> _M:
-    """Undo `optimize`, in place; return `model`. What it did not change stays as it is."""
+    """Undo `optimize`, in place; return `model`. What it did not change stays as it is.
+
+    So does a module whose class is no longer the one that `optimize` gave it, as that of one which
+    was parametrized since: remove the parametrization first, or do it again after that.
+    """
     for module in model.modules():
-        before = module.__dict__.pop(_BEFORE, None)
-        if before is not None:
+        before = module.__dict__.get(_BEFORE)
+        if before is not None and type(module) is _SWAPS.get(before[0], before[0]):
             changed: Any = module
+            del changed.__dict__[_BEFORE]
             changed.__class__ = before[0]
             if before[0] in _SWAPS:
                 changed.__dict__.pop("weight_dtype", None)
@@ -149,8 +179,9 @@ def restore(model: _M) -> _M:
 def optimization_report(model: torch.nn.Module) -> OptimizationReport:
     """What `optimize` did with the parts of `model`, or would do: one line per module it knows."""
     report = OptimizationReport()
+    read = _read(model)
     for name, module in model.named_modules():
-        reason = _why_left(module)
+        reason = _why_left(module, read)
         if reason is not None:
             kind = type(module)
             fast = kind in _OURS

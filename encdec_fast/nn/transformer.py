@@ -10,9 +10,11 @@ from torch import Tensor, nn
 from encdec_fast.backends import Description
 from encdec_fast.nn._transformer import (
     BACKENDS,
+    UNFIT,
     ModuleCall,
     Sentences,
     Whole,
+    decline,
     is_causal_mask,
     plain,
     why_torch,
@@ -50,6 +52,8 @@ class Stack(Whole):
             reason: str = layer.why_apart(inputs)
             if reason:
                 return f"layers.{number}: {reason}"
+            if layer.heads() != self.layers[0].heads():
+                return "the number of heads is not the same in all layers"
         return ""
 
     def normed(self, x: Tensor) -> Tensor:
@@ -83,33 +87,45 @@ class TransformerEncoder(Stack, nn.TransformerEncoder):
         is_causal: bool | None = None,
     ) -> Tensor:
         always = type(self) is not TransformerEncoder or (is_causal is True and mask is None)
-        if always or self.why_torch(_ENCODER_LAYERS, [src]):
-            found: Tensor = super().forward(src, mask, src_key_padding_mask, is_causal)
+        padding = src_key_padding_mask
+        if always or self._why_torch(src, padding):
+            found: Tensor = super().forward(src, mask, padding, is_causal)
             return found
         batch_first = self.layers[0].batch_first()
         causal = is_causal_mask(mask, is_causal, _length(src, batch_first))
         if not self.why_apart([src]):
-            where = self.layers[0].where(src, mask, src_key_padding_mask, causal)
-            if where is not None:
-                if not self._why_whole(src, mask, src_key_padding_mask, causal):
-                    assert src_key_padding_mask is not None
-                    real = ~src_key_padding_mask
-                    if not bool(real.all()):
-                        return self._without_padding(src, real, causal)
-                    where = self.layers[0].where(src, mask, None, causal)
-                x = batched(src, batch_first)
-                for layer in self.layers:
-                    x = layer.fused(x, where)
-                return self.normed(as_before(x, src, batch_first))
+            where = self.layers[0].where(src, mask, padding, causal)
+            if where is None:
+                decline(UNFIT)
+                found = super().forward(src, mask, padding, is_causal)
+                return found
+            if not self._why_whole(src, mask, padding, causal):
+                assert padding is not None
+                real = ~padding
+                if not bool(real.all()):
+                    return self._without_padding(src, real, causal)
+                where = self.layers[0].where(src, mask, None, causal)
+            x = batched(src, batch_first)
+            for layer in self.layers:
+                x = layer.fused(x, where)
+            return self.normed(as_before(x, src, batch_first))
         x = src
         for layer in self.layers:
-            x = layer(
-                x,
-                src_mask=mask,
-                src_key_padding_mask=src_key_padding_mask,
-                is_causal=causal,
-            )
+            x = layer(x, src_mask=mask, src_key_padding_mask=padding, is_causal=causal)
         return self.normed(x)
+
+    def _why_torch(self, src: Tensor, padding: State) -> str:
+        """Why torch's own forward runs; "" if it does not."""
+        reason = self.why_torch(_ENCODER_LAYERS, [src])
+        if reason or padding is None:
+            return reason
+        # What such a norm sees of padding depends on whether torch computes it.
+        if isinstance(self.norm, nn.LayerNorm) and self.norm.normalized_shape != src.shape[-1:]:
+            return "the final norm is not over the features of one token"
+        if src.dim() != 3:
+            return ""
+        rows = src.shape[:2] if self.layers[0].batch_first() else src.shape[1::-1]
+        return "" if padding.shape == rows else UNFIT
 
     def _why_whole(self, src: Tensor, mask: State, padding: State, causal: bool) -> str:
         """Why padding is computed too; "" if it is not."""
@@ -151,7 +167,7 @@ class TransformerEncoder(Stack, nn.TransformerEncoder):
     ) -> Description:
         """What `explain` asks of a module."""
         sizes = f"{tuple(src.shape)} {src.dtype} {src.device.type} layers={len(self.layers)}"
-        reason = self.why_torch(_ENCODER_LAYERS, [src])
+        reason = self._why_torch(src, src_key_padding_mask)
         if reason:
             call = ModuleCall((reason,), ())
             return Description("transformer_encoder", BACKENDS, call, sizes, lambda backend: "")

@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from encdec_fast.backends import Description
-from encdec_fast.nn._transformer import Masks, Sentences, attend
+from encdec_fast.nn._transformer import UNFIT, Masks, Sentences, attend, decline
 from encdec_fast.nn._transformer_layer import Layer, adopt, as_before, batched, known, signed_as
 from encdec_fast.nn.multihead_attention import MultiheadAttention
 from encdec_fast.ops._call import State
@@ -21,9 +21,10 @@ class TransformerEncoderLayer(Layer, nn.TransformerEncoderLayer):
     gradients and dropout a layer is five calls: activation, residual and norm are computed where
     the products are. With gradients the parts run one after the other.
 
-    Where a part was replaced by a module of another class, has a hook or is parametrized, and for
-    nested tensors, subclasses of Tensor, torch.func, torch.jit and autocast, torch's own forward
-    runs over the parts; `explain` says so.
+    Where a part was replaced by a module of another class, has a hook or is parametrized, a block
+    (_sa_block, _mha_block, _ff_block) was replaced on the instance, or the masks do not fit, and
+    for nested tensors, subclasses of Tensor, torch.func, torch.jit and autocast, torch's own
+    forward runs over the parts; `explain` says so.
     """
 
     _parts = known(
@@ -50,14 +51,18 @@ class TransformerEncoderLayer(Layer, nn.TransformerEncoderLayer):
         is_causal: bool = False,
     ) -> Tensor:
         always = type(self) is not TransformerEncoderLayer or (is_causal and src_mask is None)
+        found: Tensor
         if always or self.why_torch([src]):
-            found: Tensor = super().forward(src, src_mask, src_key_padding_mask, is_causal)
+            found = super().forward(src, src_mask, src_key_padding_mask, is_causal)
             return found
         if not self.why_apart([src]):
             where = self.where(src, src_mask, src_key_padding_mask, is_causal)
-            if where is not None:
-                batch_first = self.batch_first()
-                return as_before(self.fused(batched(src, batch_first), where), src, batch_first)
+            if where is None:
+                decline(UNFIT)
+                found = super().forward(src, src_mask, src_key_padding_mask, is_causal)
+                return found
+            batch_first = self.batch_first()
+            return as_before(self.fused(batched(src, batch_first), where), src, batch_first)
         padding = src_key_padding_mask
         x = src
         if self.norm_first:
