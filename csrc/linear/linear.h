@@ -46,9 +46,8 @@ struct Linear {
   char* workspace = nullptr;
 };
 
-// Gradients of y = x W' + b; in float32 and bfloat16.
+// Gradients of y = x W' + b; in float32.
 struct LinearBackward {
-  Format dtype;  // of every tensor
   int64_t M = 0, N = 0, K = 0;
   Weight weight;
   const char* grad = nullptr;  // of y

@@ -14,33 +14,32 @@ namespace ENCDEC_ISA_NAMESPACE {
 
 using namespace encdec::ENCDEC_ISA_NAMESPACE;
 
+constexpr Format kFloat = Format::kFloat32;
+
 struct BackwardPlaces {
-  int64_t weight;      // packed, k over N
-  int64_t grads;       // staged rows of dy
-  int64_t row;         // bytes from one to the next
-  int64_t pointers;    // to the chunk's rows of x
-  int64_t products;    // WeightGrad's
-  int64_t sums, bias;  // float: dW where it is not float, db
+  int64_t weight;    // packed, k over N
+  int64_t grads;     // staged rows of dy
+  int64_t row;       // bytes from one to the next
+  int64_t pointers;  // to the chunk's rows of x
+  int64_t products;  // WeightGrad's
+  int64_t bias;      // float: db
   int64_t bytes;
 };
 
-template <Format format>
 inline BackwardPlaces backward_places(const LinearBackward& f) {
   BackwardPlaces p{};
   Layout layout;
   p.weight =
-      layout.take(f.grad_input ? panels_of(f.K) * packed_panel_bytes(format, f.N, kVectors) : 0);
-  p.row = staged_row_bytes(format, f.N);
+      layout.take(f.grad_input ? panels_of(f.K) * packed_panel_bytes(kFloat, f.N, kVectors) : 0);
+  p.row = staged_row_bytes(kFloat, f.N);
   p.grads = layout.take(f.chunk_rows * p.row);
   p.pointers = layout.take(f.chunk_rows * static_cast<int64_t>(sizeof(char*)));
-  p.products = layout.take(f.grad_weight ? WeightGrad<format>::bytes(f.chunk_rows, f.K, p.row) : 0);
-  p.sums = layout.take(f.grad_weight && f.dtype != Format::kFloat32 ? f.N * f.K * 4 : 0);
+  p.products = layout.take(f.grad_weight ? WeightGrad<kFloat>::bytes(f.chunk_rows, f.K, p.row) : 0);
   p.bias = layout.take(round_up(f.N, kLanes) * 4);
   p.bytes = layout.end();
   return p;
 }
 
-template <Format format>
 class LinearBackwardRun {
  public:
   LinearBackwardRun(const LinearBackward& call, Barrier& barrier, int rank, int members)
@@ -48,8 +47,8 @@ class LinearBackwardRun {
         barrier_(barrier),
         rank_(rank),
         members_(members),
-        places_(backward_places<format>(call)),
-        esize_(element_bytes(call.dtype)) {}
+        places_(backward_places(call)),
+        esize_(element_bytes(kFloat)) {}
 
   void run() {
     if (call_.grad_input) pack();
@@ -57,7 +56,7 @@ class LinearBackwardRun {
       const int64_t left = call_.M - first;
       const int64_t rows = left < call_.chunk_rows ? left : call_.chunk_rows;
       for (int64_t r = part(rows, rank_); r < part(rows, rank_ + 1); ++r) {
-        stage_row<format>(call_.grad + (first + r) * call_.grad_stride, call_.dtype, call_.N,
+        stage_row<kFloat>(call_.grad + (first + r) * call_.grad_stride, kFloat, call_.N,
                           grad_row(r));
         x_rows()[r] = call_.input + (first + r) * call_.input_stride;
       }
@@ -69,17 +68,7 @@ class LinearBackwardRun {
     }
     if (call_.grad_bias) {
       for (int64_t c = own_column(rank_); c < own_column(rank_ + 1); c += kLanes) {
-        store_as(call_.dtype, call_.grad_bias + c * esize_, load(bias() + c),
-                 lanes_left(c, call_.N));
-      }
-    }
-    if (!call_.grad_weight || call_.dtype == Format::kFloat32) return;
-    for (int64_t n = part(call_.N, rank_); n < part(call_.N, rank_ + 1); ++n) {
-      for (int64_t c = 0; c < call_.K; c += kLanes) {
-        const int lanes = lanes_left(c, call_.K);
-        const char* from = reinterpret_cast<const char*>(sums() + n * call_.K + c);
-        store_as(call_.dtype, call_.grad_weight + (n * call_.K + c) * esize_,
-                 load_as(Format::kFloat32, from, lanes), lanes);
+        store_as(kFloat, call_.grad_bias + c * esize_, load(bias() + c), lanes_left(c, call_.N));
       }
     }
   }
@@ -91,7 +80,6 @@ class LinearBackwardRun {
     return reinterpret_cast<const char**>(call_.workspace + places_.pointers);
   }
   float* bias() const { return reinterpret_cast<float*>(call_.workspace + places_.bias); }
-  float* sums() const { return reinterpret_cast<float*>(call_.workspace + places_.sums); }
   int64_t own_column(int i) const {
     const int64_t vectors = (call_.N + kLanes - 1) / kLanes;
     return part(vectors, i) * kLanes;
@@ -99,16 +87,16 @@ class LinearBackwardRun {
 
   // This member's panels of W; the first chunk's barrier completes it.
   void pack() const {
-    constexpr int64_t kVector = kLanes * weight_group_bytes(format);
-    const int64_t panel = packed_panel_bytes(format, call_.N, kVectors);
+    constexpr int64_t kVector = kLanes * weight_group_bytes(kFloat);
+    const int64_t panel = packed_panel_bytes(kFloat, call_.N, kVectors);
     for (int64_t p = part(panels_of(call_.K), rank_); p < part(panels_of(call_.K), rank_ + 1);
          ++p) {
       for (int v = 0; v < kVectors; ++v) {
         const int64_t c = p * kPanel + v * kLanes;
-        const ColumnSource columns{call_.weight.data + c * esize_, call_.dtype, 1,
+        const ColumnSource columns{call_.weight.data + c * esize_, kFloat, 1,
                                    call_.weight.row_stride,
                                    c < call_.K ? lanes_left(c, call_.K) : 0};
-        pack_columns<format>(columns, call_.N,
+        pack_columns<kFloat>(columns, call_.N,
                              call_.workspace + places_.weight + p * panel + v * kVector,
                              kVectors * kVector, nullptr, nullptr);
       }
@@ -119,7 +107,7 @@ class LinearBackwardRun {
     constexpr int kRows = max_tile_rows(kVectors);
     alignas(64) float tile[kRows * kPanel];
     const PackedView w =
-        view(call_.workspace, MatrixPlace{places_.weight}, format, call_.N, kVectors);
+        view(call_.workspace, MatrixPlace{places_.weight}, kFloat, call_.N, kVectors);
     // As many rows as stay in L2 beside a panel, then all of this member's panels over them.
     const int64_t group = kRows * (1 + 256 * 1024 / (kRows * places_.row));
     for (int64_t start = 0; start < rows; start += group) {
@@ -128,13 +116,13 @@ class LinearBackwardRun {
            ++p) {
         for (int64_t i = 0; i < tiles.count; ++i) {
           const int64_t row = start + tiles.begin(i), end = start + tiles.begin(i + 1);
-          multiply_rows<format, kVectors>(static_cast<int>(end - row), w, p,
+          multiply_rows<kFloat, kVectors>(static_cast<int>(end - row), w, p,
                                           {grad_row(row), places_.row}, tile, kPanel);
           for (int64_t r = row; r < end; ++r) {
             char* const to = call_.grad_input + (first + r) * call_.K * esize_;
             for (int v = 0; v < kVectors && p * kPanel + v * kLanes < call_.K; ++v) {
               const int64_t c = p * kPanel + v * kLanes;
-              store_as(call_.dtype, to + c * esize_, load(tile + (r - row) * kPanel + v * kLanes),
+              store_as(kFloat, to + c * esize_, load(tile + (r - row) * kPanel + v * kLanes),
                        lanes_left(c, call_.K));
             }
           }
@@ -150,15 +138,14 @@ class LinearBackwardRun {
       const char* from = call_.grad + first * call_.grad_stride + c * esize_;
       Float sum = zero();
       for (int64_t r = 0; r < rows; ++r, from += call_.grad_stride) {
-        sum = add(sum, load_as(call_.dtype, from, lanes));
+        sum = add(sum, load_as(kFloat, from, lanes));
       }
       store(bias() + c, first == 0 ? sum : add(load(bias() + c), sum));
     }
   }
 
   void add_to_weight(int64_t first, int64_t rows) const {
-    const bool whole = call_.dtype == Format::kFloat32;
-    const WeightGrad<format> product{call_.dtype,
+    const WeightGrad<kFloat> product{kFloat,
                                      grad_row(0),
                                      places_.row,
                                      rows,
@@ -167,14 +154,14 @@ class LinearBackwardRun {
                                      call_.workspace + places_.products,
                                      call_.chunk_rows,
                                      call_.K,
-                                     whole && first + rows == call_.M,
+                                     first + rows == call_.M,
                                      rank_,
                                      members_,
                                      barrier_};
     product.prepare();
     product.add(
         x_rows(), call_.K, 0, 1, [](int gate) { return gate; },
-        whole ? reinterpret_cast<float*>(call_.grad_weight) : sums(), first == 0);
+        reinterpret_cast<float*>(call_.grad_weight), first == 0);
   }
 
   const LinearBackward& call_;
@@ -184,10 +171,9 @@ class LinearBackwardRun {
   const int esize_;
 };
 
-template <Format format>
 inline void run_linear_backward(const LinearBackward& f) {
   Barrier barrier;
-  auto body = [&](int rank, int size) { LinearBackwardRun<format>(f, barrier, rank, size).run(); };
+  auto body = [&](int rank, int size) { LinearBackwardRun(f, barrier, rank, size).run(); };
   run_team(f.threads, body);
 }
 

@@ -140,18 +140,16 @@ std::vector<Tensor> linear_backward(Tensor grad, Tensor input, Tensor weight, bo
                                     bool of_weight, bool of_bias) {
   LinearBackward f{};
   f.weight = weight_of(weight);
-  f.dtype = f.weight.dtype;
   f.N = f.weight.N;
   f.K = f.weight.K;
-  STD_TORCH_CHECK(f.dtype == Format::kFloat32 || f.dtype == Format::kBfloat16,
-                  "there is no backward in float16");
-  check_rows(grad, f.N, f.dtype, "grad");
-  check_rows(input, f.K, f.dtype, "input");
+  STD_TORCH_CHECK(f.weight.dtype == Format::kFloat32, "there is a backward in float32 only");
+  check_rows(grad, f.N, Format::kFloat32, "grad");
+  check_rows(input, f.K, Format::kFloat32, "input");
   f.M = input.numel() / f.K;
   STD_TORCH_CHECK(f.M > 0 && grad.numel() == f.M * f.N, "grad must have the input's ", f.M,
                   " rows, and there must be one");
-  const int64_t bytes = element_bytes(f.dtype);
-  const int32_t dtype = dtype_of(f.dtype);
+  const int64_t bytes = element_bytes(Format::kFloat32);
+  const int32_t dtype = aoti_torch_dtype_float32();
   std::vector<int64_t> shape(static_cast<size_t>(input.dim()));
   for (int64_t i = 0; i < input.dim(); ++i) shape[static_cast<size_t>(i)] = input.size(i);
   std::vector<Tensor> result;

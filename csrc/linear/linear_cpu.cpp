@@ -23,14 +23,8 @@ const Kernels kKernels = {
     [](const Linear& f) {
       with_format(format_of(f), [&](auto c) { run_linear<decltype(c)::value>(f); });
     },
-    [](const LinearBackward& f) {
-      return f.dtype == Format::kBfloat16 ? backward_places<Format::kBfloat16>(f).bytes
-                                          : backward_places<Format::kFloat32>(f).bytes;
-    },
-    [](const LinearBackward& f) {
-      f.dtype == Format::kBfloat16 ? run_linear_backward<Format::kBfloat16>(f)
-                                   : run_linear_backward<Format::kFloat32>(f);
-    },
+    [](const LinearBackward& f) { return backward_places(f).bytes; },
+    [](const LinearBackward& f) { run_linear_backward(f); },
 };
 
 }  // namespace ENCDEC_ISA_NAMESPACE

@@ -80,7 +80,6 @@ void test_backward(const Kernels& kernels, int64_t M, int64_t N, int64_t K, int 
     return double(t[static_cast<size_t>(i)]);
   };
   LinearBackward f{};
-  f.dtype = Format::kFloat32;
   f.M = M;
   f.N = N;
   f.K = K;
