@@ -268,10 +268,11 @@ inline void run_attention_backward(const AttentionBackward& call) {
     }
   };
   run_team(f.threads, body);
-  for (int64_t i = 0; i < (call.grad_bias ? call.grad_bias_size : 0); ++i) {
-    float sum = 0.0f;
-    for (int m = 0; m < members; ++m) sum += AttentionBackwardRun<format>::bias_sums(call, m)[i];
-    call.grad_bias[i] = sum;
+  for (int m = 0; call.grad_bias && m < members; ++m) {
+    const float* const own = AttentionBackwardRun<format>::bias_sums(call, m);
+    for (int64_t i = 0; i < call.grad_bias_size; ++i) {
+      call.grad_bias[i] = m == 0 ? own[i] : call.grad_bias[i] + own[i];
+    }
   }
 }
 

@@ -170,7 +170,7 @@ class AttentionFeedBackward {
   // The gradient of what was fed's columns of W_ih, of the chunk of `rows` rows from step `begin`
   // on. add(rows, width, sums) adds their product with the gates' gradients.
   template <class Add>
-  void add_weight_gradient(int64_t begin, int64_t rows, bool first, bool last, const Add& add) {
+  void add_weight_gradient(int64_t begin, int64_t rows, bool last, const Add& add) {
     const char** const fed = reinterpret_cast<const char**>(call_.workspace + places_.fed_rows);
     for (int64_t i = part(rows, rank_); i < part(rows, rank_ + 1); ++i) {
       const int64_t t = begin + i / s_.B, b = i % s_.B;
@@ -183,7 +183,6 @@ class AttentionFeedBackward {
     add(fed, m_.M, target);
     if (last && sums)
       round_sums(target, rnn::gate_count(cell) * s_.H, m_.M, call_.grad_feed_weight);
-    static_cast<void>(first);
   }
 
   // The first context's gradient, and W_q's; all members call it.
@@ -280,7 +279,7 @@ class AttentionFeedBackward {
     if (n == 0) {
       for (int64_t a = 0; a < m_.A; a += kLanes) put(a, zero(), lanes_left(a, m_.A));
     } else if (m_.score == Score::kDot) {
-      each_vector(n, [&](int64_t a, int64_t vectors) { dots(b, n, a, vectors, g, put); });
+      each_vector([&](int64_t a, int64_t vectors) { dots(b, n, a, vectors, g, put); });
     } else {
       const char* query = call_.queries + (b * s_.T + t) * m_.A * esize_;
       float* const q = mine(places_.factors);
@@ -309,7 +308,7 @@ class AttentionFeedBackward {
 
   // Vectors of the attention size, some at a time: a line of each key row is read once.
   template <class Run>
-  void each_vector(int64_t, const Run& run) const {
+  void each_vector(const Run& run) const {
     constexpr int64_t kTogether = 4;
     const int64_t vectors = round_up(m_.A, kLanes) / kLanes;
     for (int64_t i = 0; i < vectors; i += kTogether) {
@@ -336,7 +335,7 @@ class AttentionFeedBackward {
   void additive(int64_t b, int64_t n, const float* q, const float* g, const Put& put) const {
     const bool again = direct && !memory_.direct(b);  // the sentence's keys are factors
     const float* const v_row = memory_.v();
-    each_vector(n, [&](int64_t a, int64_t vectors) {
+    each_vector([&](int64_t a, int64_t vectors) {
       Float sums[4] = {zero(), zero(), zero(), zero()}, own[4];
       for (int64_t v = 0; v < vectors; ++v) own[v] = load(q + a + v * kLanes);
       for (int64_t first = 0; first < n; first += kKeyBlock) {

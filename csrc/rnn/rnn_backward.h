@@ -379,7 +379,7 @@ class BackwardRun {
         target(places_.sum_hh, dir_.grad_hh), first);
     if constexpr (Feed::kActive) {
       feed_->add_weight_gradient(
-          begin, rows, first, last, [&](const char* const* fed, int64_t width, float* sums) {
+          begin, rows, last, [&](const char* const* fed, int64_t width, float* sums) {
             products.add(
                 fed, width, 0, Sg::kGates, [](int i) { return Sg::gate_of_x(i); }, sums, first);
           });

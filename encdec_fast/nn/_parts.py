@@ -13,7 +13,7 @@ from encdec_fast.nn._transformer import BACKENDS, ModuleCall
 from encdec_fast.nn.linear import Linear
 from encdec_fast.ops.attention import attention
 
-_LISTENERS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+LISTENERS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 # By the name of a submodule: whether the op takes its bias too.
 Reads = dict[str, bool]
 
@@ -28,7 +28,7 @@ def _why_called(part: nn.Module | None, bias: bool) -> str:
         return "has a bias"
     if getattr(own, "weight_dtype", None) is not None:
         return "has a weight_dtype of its own"
-    if "forward" in own.__dict__ or any(getattr(own, name) for name in _LISTENERS):
+    if "forward" in own.__dict__ or any(getattr(own, name) for name in LISTENERS):
         return "has a hook or a forward of its own"
     return ""
 

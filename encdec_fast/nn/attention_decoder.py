@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from encdec_fast.backends import Description
-from encdec_fast.nn._parts import why_called
+from encdec_fast.nn._parts import LISTENERS, why_called
 from encdec_fast.nn.additive_attention import AdditiveAttention, Lengths
 from encdec_fast.nn.cells import GRUCell, LSTMCell
 from encdec_fast.nn.location_attention import LocationAttention
@@ -18,13 +18,12 @@ from encdec_fast.ops.attention_decoder import attention_decoder, describe
 # (h, c, context) of an LSTM, (h, context) of a GRU; (B, H), (B, H), (B, M)
 State = tuple[Tensor, ...]
 _CELLS: dict[str, Any] = {"lstm": LSTMCell, "gru": GRUCell}
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
 def _is_watched(module: nn.Module) -> bool:
     """Whether a hook or another forward is to see the calls of some submodule."""
     for part in module.modules():
-        if "forward" in part.__dict__ or any(part.__dict__.get(name) for name in _HOOKS):
+        if "forward" in part.__dict__ or any(getattr(part, name) for name in LISTENERS):
             return True
     return False
 
@@ -93,14 +92,17 @@ class AttentionDecoderCell(nn.Module):
         keys: Tensor | None = None if project is None else project(memory)
         return keys
 
-    def _attend(self, given: list[Tensor], memory: Tensor, lengths: Lengths, **options: Any) -> Any:
-        """(context, weights) of one query per row; the beams of a sentence are its queries."""
+    def _attend(
+        self, given: list[Tensor], memory: Tensor, lengths: Lengths, need: bool, **options: Any
+    ) -> Any:
+        """(context, weights or None) of a query per row; a sentence's beams are its queries."""
         queries = [
             rows.unflatten(0, (memory.shape[0], -1)) if memory.shape[0] else rows.unsqueeze(1)
             for rows in given
         ]
-        context, weights = self.attention(*queries, memory, lengths, True, **options)
-        return context.flatten(0, 1), weights.flatten(0, 1)
+        found = self.attention(*queries, memory, lengths, need, **options)
+        context, weights = found if need else (found, None)
+        return context.flatten(0, 1), None if weights is None else weights.flatten(0, 1)
 
     def forward(
         self,
@@ -129,13 +131,15 @@ class AttentionDecoderCell(nn.Module):
         first = isinstance(self.attention, LocationAttention)
         context = state[-1]
         if first:
-            context, weights = self._attend([input, state[0]], memory, memory_lengths)
+            given = [input, state[0]]
+            context, weights = self._attend(given, memory, memory_lengths, need_weights)
         new = self.cell(torch.cat([input, context], dim=1), hx)
         new = new if self.kind == "lstm" else (new,)
         if not first:
             keys = self.project_memory(memory) if keys is None else keys
             options = {} if keys is None else {"keys": keys}
-            context, weights = self._attend([new[0]], memory, memory_lengths, **options)
+            given = [new[0]]
+            context, weights = self._attend(given, memory, memory_lengths, need_weights, **options)
         output = torch.cat([new[0], context], dim=1)
         found = (output, (*new, context))
         return (*found, weights) if need_weights else found
@@ -199,10 +203,9 @@ class AttentionDecoder(nn.Module):
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
         """The arguments of the op, or None where the steps must be taken one at a time."""
         attention: Any = self.cell.attention
-        kind, cell = type(attention), self.cell.cell
-        if not isinstance(cell, (nn.LSTMCell, nn.GRUCell)) or _is_watched(self.cell):
-            return None
-        if type(cell) not in (nn.LSTMCell, nn.GRUCell, LSTMCell, GRUCell):
+        cell: Any = self.cell.cell
+        kind, plain = type(attention), (nn.LSTMCell, nn.GRUCell, LSTMCell, GRUCell)
+        if type(cell) not in plain or _is_watched(self.cell):
             return None
         if any(getattr(part, "weight_dtype", None) for part in (cell, *attention.children())):
             return None  # rounded weights are the parts' own affair
@@ -236,15 +239,16 @@ class AttentionDecoder(nn.Module):
         keys = self.cell.project_memory(memory)
         outputs, weights = [], []
         for x in input.unbind(1):
-            output, state, weight = self.cell(x, memory, state, memory_lengths, True, keys=keys)
+            found = self.cell(x, memory, state, memory_lengths, need_weights, keys=keys)
+            output, state, *weight = found
             outputs.append(output)
-            weights.append(weight)
+            weights += weight
         if not outputs:
             B, width = input.shape[0], self.cell.hidden_size + self.cell.memory_size
             nothing = input.new_zeros(B, 0, width), state, input.new_zeros(B, 0, memory.shape[1])
             return nothing if need_weights else nothing[:2]
-        found = (torch.stack(outputs, dim=1), state)
-        return (*found, torch.stack(weights, dim=1)) if need_weights else found
+        whole = (torch.stack(outputs, dim=1), state)
+        return (*whole, torch.stack(weights, dim=1)) if need_weights else whole
 
     def _encdec_fast_describe(
         self, input: Tensor, memory: Tensor, state: Any = None, memory_lengths: Lengths = None
