@@ -14,7 +14,7 @@ set(PYBIND11_FINDPYTHON ON)
 encdec_package_dir(pybind11 pybind11_package)
 find_package(pybind11 2.13 CONFIG REQUIRED HINTS ${pybind11_package}/share/cmake/pybind11)
 
-pybind11_add_module(_C MODULE NO_EXTRAS csrc/python/module.cpp)
+pybind11_add_module(_C MODULE NO_EXTRAS csrc/python/module.cpp csrc/python/generation.cpp)
 target_link_libraries(_C PRIVATE encdec_core)
 
 # What build_info() says, as a header.

@@ -1,6 +1,7 @@
-"""Types of the compiled module (csrc/python/module.cpp)."""
+"""Types of the compiled module (csrc/python/)."""
 
-from typing import TypedDict
+from collections.abc import Callable, Sequence
+from typing import Any, TypedDict
 
 class BuildInfo(TypedDict):
     version: str
@@ -34,3 +35,81 @@ def rnn_plan(
     format: str,
     threads: int,
 ) -> str: ...
+
+# The generation engine (csrc/python/generation.cpp). A matrix: (address, dtype, rows, columns,
+# elements from row to row).
+_Matrix = tuple[int, int, int, int, int]
+_Hypothesis = tuple[list[int], float, list[float], bytes]
+
+class Options:
+    def __init__(self, options: dict[str, Any]) -> None: ...
+
+class TransformerModel:
+    def __init__(
+        self,
+        sizes: dict[str, Any],
+        layers: list[dict[str, Any]],
+        watched: list[_Matrix],
+        format: int,
+        threads: int,
+    ) -> None: ...
+    def fresh(self) -> bool: ...
+    @property
+    def bytes(self) -> int: ...
+
+class RecurrentModel:
+    def __init__(
+        self,
+        sizes: dict[str, Any],
+        layers: list[dict[str, Any]],
+        watched: list[_Matrix],
+        format: int,
+        threads: int,
+    ) -> None: ...
+    def fresh(self) -> bool: ...
+    @property
+    def bytes(self) -> int: ...
+
+class Decoder: ...
+
+class TransformerDecoder(Decoder):
+    def __init__(self, model: TransformerModel) -> None: ...
+    def begin(
+        self, memory: int, B: int, S: int, lengths: list[int], rows: int, limit: int, threads: int
+    ) -> None: ...
+
+class RecurrentDecoder(Decoder):
+    def __init__(self, model: RecurrentModel) -> None: ...
+    def begin(
+        self,
+        B: int,
+        S: int,
+        h: int,
+        c: int,
+        context: int,
+        memory: int,
+        lengths: list[int],
+        rows: int,
+        threads: int,
+    ) -> None: ...
+
+class PythonDecoder(Decoder):
+    def __init__(
+        self,
+        step: Callable[..., None],
+        vocabulary: int,
+        attention_size: int,
+        lengths: list[int],
+    ) -> None: ...
+
+def search(
+    decoder: Decoder,
+    requests: Sequence[tuple[Sequence[int], Sequence[int]]],
+    options: Options,
+    seed: int,
+    need_attention: bool,
+    threads: int,
+    finished: Callable[[int], None] | None,
+    written: Callable[[int, list[int]], None] | None,
+    timing: dict[str, Any] | None,
+) -> list[list[_Hypothesis]]: ...

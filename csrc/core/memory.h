@@ -6,6 +6,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <utility>
 
 namespace encdec {
 
@@ -17,5 +18,30 @@ void prefer_huge_pages(void* block, int64_t bytes);
 
 // The same for a block that has been written: its pages are moved together now.
 void collapse_to_huge_pages(void* block, int64_t bytes);
+
+// A block of memory that is kept from use to use and grows where it is too small; its contents are
+// lost then. It starts at a cache line, or where it is large at a huge page.
+class AlignedBuffer {
+ public:
+  AlignedBuffer() = default;
+  AlignedBuffer(AlignedBuffer&& other) noexcept { swap(other); }
+  AlignedBuffer& operator=(AlignedBuffer&& other) noexcept {
+    swap(other);
+    return *this;
+  }
+  ~AlignedBuffer();
+  // Whether there was enough memory. Throws nothing.
+  bool grow(int64_t bytes);
+  char* data() const { return data_; }
+  int64_t bytes() const { return bytes_; }
+
+ private:
+  void swap(AlignedBuffer& other) noexcept {
+    std::swap(data_, other.data_);
+    std::swap(bytes_, other.bytes_);
+  }
+  char* data_ = nullptr;
+  int64_t bytes_ = 0;
+};
 
 }  // namespace encdec

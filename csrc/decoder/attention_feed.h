@@ -10,8 +10,6 @@
 namespace encdec::decoder {
 namespace ENCDEC_ISA_NAMESPACE {
 
-using attention::ENCDEC_ISA_NAMESPACE::all_sums;
-using attention::ENCDEC_ISA_NAMESPACE::softmax_row;
 using attention::ENCDEC_ISA_NAMESPACE::weigh;
 using rnn::Cell;
 using rnn::ENCDEC_ISA_NAMESPACE::Blocking;
@@ -22,8 +20,9 @@ struct FeedPlaces {
   int64_t feed_weight;   // packed, blocked for the cell
   int64_t fed;           // staged rows [B]: f of the step before
   int64_t q;             // float [B][stride]
-  int64_t member;        // of each: a query's factors, a block of keys, scores
-  int64_t factors, keys, scores, member_bytes;
+  int64_t member;        // of each: what its query needs, scores
+  QueryPlaces query;
+  int64_t scores, member_bytes;
   int64_t bytes;
 };
 
@@ -41,8 +40,7 @@ inline FeedPlaces feed_places(const Forward& f) {
   p.fed = all.take(f.rnn.shape.B * staged_row_bytes(format, m.M));
   p.q = all.take(f.rnn.shape.B * p.memory.stride * 4);
   p.member = all.end();
-  p.factors = member.take(kTileQueries * p.memory.stride * 4);
-  p.keys = member.take(kKeyBlock * p.memory.stride * 4);
+  p.query = query_places(p.memory, member);
   p.scores = member.take(row_floats(p.memory.padded) * 4);
   p.member_bytes = member.end();
   p.bytes = p.member + f.rnn.threads * p.member_bytes;
@@ -173,15 +171,7 @@ class AttentionFeed {
   void attend(int64_t b, int64_t t) const {
     const int64_t n = m_.keys_of(b);
     float* const scores = mine(places_.scores);
-    if (n > 0) {
-      const float scale = m_.score == Score::kDot ? m_.scale : -2.0f;
-      if (m_.score == Score::kDot) {
-        dots(b, n, scores);
-      } else if (memory_.direct(b) || !additive<false>(b, n, scores)) {
-        additive<true>(b, n, scores);
-      }
-      softmax_row(scores, n, scale);
-    }
+    if (n > 0) memory_.attend(b, q(b), own_, places_.query, scores);
     float* const to = call_.weights + (b * T_ + t) * m_.S;
     std::memcpy(to, scores, static_cast<size_t>(n * 4));
     std::memset(to + n, 0, static_cast<size_t>((m_.S - n) * 4));
@@ -198,40 +188,6 @@ class AttentionFeed {
           });
     };
     with_dtype(dtype_, run);
-  }
-
-  void dots(int64_t b, int64_t n, float* scores) const {
-    float* const own = mine(places_.factors);
-    std::memcpy(own, q(b), static_cast<size_t>(round_up(m_.A, kLanes) * 4));
-    all_sums(own, memory_.stride(), 1, n, round_up(m_.A, kLanes), scores, 0,
-             FloatKeys{memory_.key(b, 0), memory_.stride()},
-             [](Float sum, Float x, Float y, int64_t)
-                 __attribute__((always_inline)) { return fma(x, y, sum); });
-  }
-
-  // Sums of v / (1 + q k), or false where the query is out of range.
-  template <bool direct>
-  bool additive(int64_t b, int64_t n, float* scores) const {
-    float* const own = mine(places_.factors);
-    const char* const query = reinterpret_cast<const char*>(q(b));
-    const bool good = factor_row<direct>(Format::kFloat32, query, m_.A, nullptr, nullptr, own);
-    if (!good) return false;
-    const int64_t stride = memory_.stride();
-    const float* const v = memory_.v();
-    for (int64_t s = 0; s < n; s += kKeyBlock) {
-      const int64_t count = n - s < kKeyBlock ? n - s : kKeyBlock;
-      const float* keys = memory_.key(b, s);
-      if (direct && !memory_.direct(b)) {
-        memory_.direct_keys(b, s, count, mine(places_.keys));
-        keys = mine(places_.keys);
-      }
-      all_sums(own, stride, 1, count, round_up(m_.A, kLanes), scores + s, 0,
-               FloatKeys{keys, stride},
-               [&](Float sum, Float x, Float key, int64_t a) __attribute__((always_inline)) {
-                 return fma(load(v + a), reciprocal_of<direct>(x, key), sum);
-               });
-    }
-    return true;
   }
 
   const Forward& call_;

@@ -14,6 +14,7 @@ namespace encdec::decoder {
 namespace ENCDEC_ISA_NAMESPACE {
 
 using namespace encdec::ENCDEC_ISA_NAMESPACE;
+using attention::ENCDEC_ISA_NAMESPACE::all_sums;
 using attention::ENCDEC_ISA_NAMESPACE::factor_row;
 using attention::ENCDEC_ISA_NAMESPACE::float_row;
 using attention::ENCDEC_ISA_NAMESPACE::FloatKeys;
@@ -21,6 +22,7 @@ using attention::ENCDEC_ISA_NAMESPACE::kKeyBlock;
 using attention::ENCDEC_ISA_NAMESPACE::kTileQueries;
 using attention::ENCDEC_ISA_NAMESPACE::reciprocal_of;
 using attention::ENCDEC_ISA_NAMESPACE::row_floats;
+using attention::ENCDEC_ISA_NAMESPACE::softmax_row;
 
 struct MemoryPlaces {
   int64_t keys, stride;  // float [B][padded S][stride]
@@ -37,6 +39,19 @@ inline MemoryPlaces memory_places(const Memory& m, int64_t B, Layout& layout) {
   p.direct = layout.take(B * 4);
   p.v = layout.take(round_up(m.A, kLanes) * 4);
   return p;
+}
+
+// Buffers of a member, with zeros behind what they hold: a query's factors in kTileQueries rows, a
+// block of keys.
+struct QueryPlaces {
+  int64_t factors, keys;
+};
+
+inline QueryPlaces query_places(const MemoryPlaces& p, Layout& layout) {
+  QueryPlaces q{};
+  q.factors = layout.take(kTileQueries * p.stride * 4);
+  q.keys = layout.take(kKeyBlock * p.stride * 4);
+  return q;
 }
 
 class MemoryRows {
@@ -83,7 +98,52 @@ class MemoryRows {
     }
   }
 
+  // The weights that a query gives to the keys of sentence b, which has some.
+  void attend(int64_t b, const float* query, char* own, const QueryPlaces& places,
+              float* weights) const {
+    float* const factors = reinterpret_cast<float*>(own + places.factors);
+    float* const keys = reinterpret_cast<float*>(own + places.keys);
+    const int64_t n = m_.keys_of(b);
+    if (m_.score == Score::kDot) {
+      dots(b, n, query, factors, weights);
+    } else if (direct(b) || !additive<false>(b, n, query, factors, keys, weights)) {
+      additive<true>(b, n, query, factors, keys, weights);
+    }
+    softmax_row(weights, n, m_.score == Score::kDot ? m_.scale : -2.0f);
+  }
+
  private:
+  void dots(int64_t b, int64_t n, const float* query, float* own, float* scores) const {
+    std::memcpy(own, query, static_cast<size_t>(round_up(m_.A, kLanes) * 4));
+    all_sums(own, p_.stride, 1, n, round_up(m_.A, kLanes), scores, 0,
+             FloatKeys{key(b, 0), p_.stride},
+             [](Float sum, Float x, Float y, int64_t)
+                 __attribute__((always_inline)) { return fma(x, y, sum); });
+  }
+
+  // Sums of v / (1 + q k), or false where the query is out of range.
+  template <bool direct_form>
+  bool additive(int64_t b, int64_t n, const float* query, float* own, float* block,
+                float* scores) const {
+    const bool good = factor_row<direct_form>(
+        Format::kFloat32, reinterpret_cast<const char*>(query), m_.A, nullptr, nullptr, own);
+    if (!good) return false;
+    for (int64_t s = 0; s < n; s += kKeyBlock) {
+      const int64_t count = n - s < kKeyBlock ? n - s : kKeyBlock;
+      const float* keys = key(b, s);
+      if (direct_form && !direct(b)) {
+        direct_keys(b, s, count, block);
+        keys = block;
+      }
+      all_sums(own, p_.stride, 1, count, round_up(m_.A, kLanes), scores + s, 0,
+               FloatKeys{keys, p_.stride},
+               [&](Float sum, Float x, Float k, int64_t a) __attribute__((always_inline)) {
+                 return fma(load(v() + a), reciprocal_of<direct_form>(x, k), sum);
+               });
+    }
+    return true;
+  }
+
   float* floats(int64_t place) const { return reinterpret_cast<float*>(work_ + place); }
   template <bool direct>
   bool factors(int64_t b, int64_t n) const {

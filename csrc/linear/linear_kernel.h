@@ -75,6 +75,32 @@ ENCDEC_INLINE Float activated(Activation activation, Float x) {
   }
 }
 
+// How a row is normalised: (x - mean) scale.
+struct RowNorm {
+  Float mean, scale;
+  ENCDEC_INLINE Float of(Float x) const { return mul(sub(x, mean), scale); }
+};
+
+// n numbers, of which whole vectors are read. LayerNorm: Ba, Kiros and Hinton, 2016
+// (arXiv:1607.06450); RMSNorm, without the mean: Zhang and Sennrich, 2019 (arXiv:1910.07467).
+inline RowNorm row_norm(const float* x, int64_t n, Norm kind, float eps) {
+  const float count = static_cast<float>(n);
+  float mean = 0.0f;
+  if (kind == Norm::kLayer) {
+    Float sum = zero();
+    for (int64_t c = 0; c < n; c += kLanes) {
+      sum = add(sum, first_lanes(load(x + c), lanes_left(c, n)));
+    }
+    mean = reduce_add(sum) / count;
+  }
+  Float squares = zero();
+  for (int64_t c = 0; c < n; c += kLanes) {
+    const Float d = first_lanes(sub(load(x + c), set1(mean)), lanes_left(c, n));
+    squares = fma(d, d, squares);
+  }
+  return {set1(mean), set1(1.0f / std::sqrt(reduce_add(squares) / count + eps))};
+}
+
 template <Format format>
 class LinearRun {
  public:
@@ -166,29 +192,15 @@ class LinearRun {
 
   void normalise(int64_t first, int64_t r) const {
     const float* x = results(r);
-    const float count = static_cast<float>(call_.N);
-    float mean = 0.0f;
-    if (call_.norm == Norm::kLayer) {
-      Float sum = zero();
-      for (int64_t c = 0; c < call_.N; c += kLanes) {
-        sum = add(sum, first_lanes(load(x + c), lanes_left(c, call_.N)));
-      }
-      mean = reduce_add(sum) / count;
-    }
-    Float squares = zero();
-    for (int64_t c = 0; c < call_.N; c += kLanes) {
-      const Float d = first_lanes(sub(load(x + c), set1(mean)), lanes_left(c, call_.N));
-      squares = fma(d, d, squares);
-    }
-    const float scale = 1.0f / std::sqrt(reduce_add(squares) / count + call_.norm_eps);
+    const RowNorm norm = row_norm(x, call_.N, call_.norm, call_.norm_eps);
     for (int64_t c = 0; c < call_.N; c += kLanes) {
       const int lanes = lanes_left(c, call_.N);
       const auto of = [&](const char* p, float otherwise) {
         return p ? load_as(call_.dtype, p + c * esize_, lanes) : set1(otherwise);
       };
-      const Float y = mul(sub(load(x + c), set1(mean)), set1(scale));
       store_as(call_.dtype, call_.output + (first + r) * call_.output_stride + c * esize_,
-               fma(y, of(call_.norm_weight, 1.0f), of(call_.norm_bias, 0.0f)), lanes);
+               fma(norm.of(load(x + c)), of(call_.norm_weight, 1.0f), of(call_.norm_bias, 0.0f)),
+               lanes);
     }
   }
 

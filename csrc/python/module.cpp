@@ -1,5 +1,5 @@
-// The Python module encdec_fast._C: facts about the build and the processor. It knows no torch; the
-// ops come from libencdec_ops.so.
+// The Python module encdec_fast._C: facts about the build and the processor, and the generation
+// engine. It knows no torch; the ops come from libencdec_ops.so.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -8,6 +8,7 @@
 #include "build_config.h"
 #include "core/cpu_features.h"
 #include "core/probe.h"
+#include "python/generation.h"
 #include "rnn/rnn_plan.h"
 
 namespace py = pybind11;
@@ -71,7 +72,7 @@ std::string rnn_plan(int cell, int64_t steps, int64_t rows, int64_t batch, int64
 }  // namespace
 
 PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
-  m.doc() = "Facts about the build of encdec_fast and about this processor.";
+  m.doc() = "Facts about the build of encdec_fast and about this processor; the generation engine.";
   m.def("build_info", &build_info, "version, compiler, flags (str) and cuda (bool) of this build.");
   m.def("cpu_info", &cpu_info,
         "model (str), features and isas (list of str), cores (int) and cache sizes in bytes "
@@ -88,4 +89,5 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
         py::arg("input_size"), py::arg("hidden_size"), py::arg("output_size"),
         py::arg("directions"), py::arg("format"), py::arg("threads"),
         "How the cpu backend would cut a recurrent call, in words. `rows` counts real steps.");
+  encdec::generation::bind(m);
 }

@@ -1,0 +1,153 @@
+// The steps of decoders, and the scan of their scores: what one instruction set offers.
+//
+// Plain structs and raw pointers. Everything between products is float32, whatever the weights'
+// format. Names: D model size, H hidden size, V vocabulary, S source positions, F feed-forward
+// size.
+#pragma once
+
+#include "core/cpu_features.h"
+#include "core/format.h"
+#include "linear/linear.h"
+#include "rnn/rnn.h"
+
+namespace encdec::generation {
+
+// y = x W' + b, W packed as linear's are.
+struct Projection {
+  const char* packed = nullptr;
+  const float* bias = nullptr;  // [N, up to whole vectors]; null: none
+  int64_t N = 0, K = 0;
+};
+
+struct NormWeights {
+  linear::Norm kind = linear::Norm::kNone;
+  const float* weight = nullptr;  // [D, up to whole vectors]
+  const float* bias = nullptr;    // likewise; null: none
+  float eps = 0.0f;
+};
+
+// Rows of an embedding as they lie in the model.
+struct Table {
+  const char* data = nullptr;
+  Format dtype = Format::kFloat32;
+  int64_t row_stride = 0;  // bytes
+  int64_t rows = 0;
+};
+
+struct TransformerLayer {
+  NormWeights self_norm, cross_norm, feed_norm;
+  Projection self_query, self_key, self_value, self_out;
+  Projection cross_query, cross_out;
+  Projection up, gate, down;  // gate.N = 0: none
+  // [B S][heads head_size]
+  const float *memory_keys = nullptr, *memory_values = nullptr;
+};
+
+struct TransformerStep {
+  // The model.
+  int64_t D = 0, heads = 0, head_size = 0, F = 0, V = 0;  // heads * head_size may differ from D
+  bool norm_first = false;
+  linear::Activation activation = linear::Activation::kRelu;
+  float attention_scale = 1.0f, embedding_scale = 1.0f, output_scale = 1.0f;
+  Table embedding, positions;  // positions.data null: none
+  int64_t position_offset = 0;
+  NormWeights embedding_norm, final_norm;
+  const float* position_bias = nullptr;  // [heads][bias_length] by distance; null: none
+  int64_t bias_length = 0;
+  const TransformerLayer* layers = nullptr;
+  int64_t layer_count = 0;
+  Projection output;
+
+  // The batch.
+  int64_t S = 0;
+  const int64_t* memory_lengths = nullptr;  // [B]
+
+  // The step.
+  int64_t rows = 0, position = 0;
+  const int32_t* tokens = nullptr;
+  const int32_t* sentences = nullptr;
+  // Keys and values of each position that was fed: float [layer][2][cache_rows][heads head_size].
+  float* const* cache = nullptr;
+  int64_t cache_rows = 0;
+  const int32_t* ancestors = nullptr;  // [rows][ancestor_stride]: the cache row of each position
+  int64_t ancestor_stride = 0;
+  float* logits = nullptr;
+  int64_t logits_stride = 0;
+  float* attention = nullptr;  // [rows][S]: of the last layer, the mean of its heads; null: none
+
+  Format format = Format::kFloat32;
+  int threads = 1;
+  char* workspace = nullptr;
+};
+
+struct RecurrentLayer {
+  rnn::Cell cell = rnn::Cell::kLstm;
+  Projection input, hidden;
+};
+
+enum class Attention : int32_t { kNone = 0, kAdditive = 1, kDot = 2, kLocation = 3 };
+
+// Layer 0 reads [token's embedding; context], the others the state below them; the first of them
+// beside it the context, where there is attention.
+struct RecurrentStep {
+  int64_t E = 0, H = 0, M = 0, A = 0, V = 0;  // M: of the context
+  Table embedding;
+  const RecurrentLayer* layers = nullptr;
+  int64_t layer_count = 0;
+  Attention attention_kind = Attention::kNone;
+  Projection query;              // N = 0: the query is the state itself
+  const float* score = nullptr;  // v [A], additive
+  Projection location;           // [embedding; state] to scores of positions
+  bool context_in_output = true;
+  Projection output;
+
+  int64_t B = 0, S = 0;
+  const int64_t* memory_lengths = nullptr;  // [B]
+  const float* keys = nullptr;              // (B, S, A)
+  const float* values = nullptr;            // (B, S, M)
+  char* memory_rows = nullptr;              // what `prepare` makes of the keys for all steps
+
+  int64_t rows = 0;
+  const int32_t* tokens = nullptr;
+  const int32_t* parents = nullptr;  // rows of the states before
+  const int32_t* sentences = nullptr;
+  // [layer][row][H] before and after; c for LSTM only; context [row][M].
+  const float *h_before = nullptr, *c_before = nullptr, *context_before = nullptr;
+  float *h = nullptr, *c = nullptr, *context = nullptr;
+  int64_t state_rows = 0;  // rows that a layer's states have room for
+  float* logits = nullptr;
+  int64_t logits_stride = 0;
+  float* attention = nullptr;  // [rows][S]; null: not wanted
+
+  Format format = Format::kFloat32;
+  int threads = 1;
+  char* workspace = nullptr;
+};
+
+struct Kernels {
+  // The logarithm of the sum of e^row, and the `kept` largest numbers with their places, *found of
+  // them, in falling order. NaN where a number is NaN or +infinity.
+  float (*scan_row)(const float* row, int64_t size, int64_t kept, float* numbers, int32_t* places,
+                    int64_t* found);
+  int64_t (*transformer_workspace)(const TransformerStep&);
+  void (*transformer_step)(const TransformerStep&);
+  // The keys as the steps read them: bytes, and the work, once for a memory.
+  int64_t (*recurrent_memory)(const RecurrentStep&);
+  void (*prepare_memory)(const RecurrentStep&);
+  int64_t (*recurrent_workspace)(const RecurrentStep&);
+  void (*recurrent_step)(const RecurrentStep&);
+};
+
+const Kernels& kernels(Isa isa);
+
+namespace avx2 {
+extern const Kernels kKernels;
+}
+namespace avx512 {
+extern const Kernels kKernels;
+}
+namespace avx512_bf16 {
+extern const Kernels kKernels;
+}
+
+}  // namespace encdec::generation

@@ -1,0 +1,214 @@
+"""The compiled engine: decoders packed once and kept, searches run in C++ from first to last token.
+
+What is packed belongs to a model, and is used only while the model's tensors have the memory, the
+version counters and the sampled values that it was made from.
+"""
+
+from __future__ import annotations
+
+import threading
+import weakref
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from encdec_fast.backends import library
+from encdec_fast.generation.config import GenerationConfig
+from encdec_fast.generation.decoders import Decoder, Packing, RecurrentDecoder, tensors_of
+from encdec_fast.generation.result import Hypothesis
+
+Stream = Callable[[int, list[int]], None]
+
+
+class Encoded(NamedTuple):
+    """What an encoder left for a batch of B sentences.
+
+    memory (B, S, M), None where the decoder has no attention; lengths (B), how many positions of
+    each count. states: for a recurrent decoder its first h, or for an LSTM (h, c), each (layers, B,
+    H). context (B, M): what its first step reads as context; None: zeros.
+    """
+
+    memory: Tensor | None
+    lengths: Sequence[int]
+    states: Any = None
+    context: Tensor | None = None
+
+
+class _Packed:
+    """A decoder's packed form, and decoders that wait for a search."""
+
+    def __init__(self, decoder: Decoder, weight_dtype: str) -> None:
+        self.traces = _traces(decoder)
+        packing = Packing(weight_dtype)
+        self.model = decoder.compile(packing)
+        # Copies that the engine reads as they lie; the model's own tensors live with the model.
+        self.alive = packing.alive
+        self.idle: list[Any] = []
+
+    def fresh(self, traces: list[tuple[int, int]]) -> bool:
+        return traces == self.traces and bool(self.model.fresh())
+
+
+def _traces(decoder: Decoder) -> list[tuple[int, int]]:
+    """The address and the version counter of each tensor; inference tensors have no counter."""
+    return [
+        (tensor.data_ptr(), -1 if tensor.is_inference() else tensor._version)
+        for tensor in tensors_of(decoder)
+    ]
+
+
+_packed: weakref.WeakKeyDictionary[Any, dict[str, _Packed]] = weakref.WeakKeyDictionary()
+_lock = threading.RLock()
+
+
+def packed_bytes(owner: Any) -> dict[str, int]:
+    """Bytes of each packed form that is kept for a model, by the dtype of its weights."""
+    return {name: packed.model.bytes for name, packed in _packed.get(owner, {}).items()}
+
+
+def _packed_for(owner: Any, decoder: Decoder, weight_dtype: str) -> _Packed:
+    traces = _traces(decoder)
+    found = _packed.get(owner, {}).get(weight_dtype)
+    if found is not None and found.fresh(traces):
+        return found
+    with _lock:
+        found = _packed.get(owner, {}).get(weight_dtype)
+        if found is None or not found.fresh(traces):
+            found = _Packed(decoder, weight_dtype)
+            _packed.setdefault(owner, {})[weight_dtype] = found
+        return found
+
+
+_EARLY = {False: 0, True: 1, "never": 2}
+
+
+def options_of(config: GenerationConfig) -> Any:
+    """The engine's options; made once for a config, which does not change."""
+    found = config.__dict__.get("_engine_options")
+    if found is None:
+        assert library.extension is not None
+        found = library.extension.Options(_as_dict(config))
+        object.__setattr__(config, "_engine_options", found)
+    return found
+
+
+def _as_dict(config: GenerationConfig) -> dict[str, Any]:
+    def tokens(value: Any) -> list[int]:
+        return [] if value is None else [value] if isinstance(value, int) else list(value)
+
+    new, longest = config.max_new_tokens, config.max_length
+    if new is None and longest is None:
+        new = 20
+    return {
+        "beams": config.num_beams,
+        "returned": config.num_return_sequences,
+        "length_penalty": config.length_penalty,
+        "early_stopping": _EARLY[config.early_stopping],
+        "coverage_penalty": config.coverage_penalty,
+        "sample": config.do_sample,
+        "temperature": config.temperature,
+        "top_k": config.top_k,
+        "top_p": config.top_p,
+        "max_length": -1 if longest is None else longest,
+        "max_new": -1 if new is None else new,
+        "min_length": config.min_length,
+        "min_new": config.min_new_tokens,
+        "max_seconds": config.max_time or 0.0,
+        "repetition_penalty": config.repetition_penalty,
+        "no_repeat_ngram": config.no_repeat_ngram_size,
+        "prefix_bias": config.prefix_bias or 0.0,
+        "bad_words": [list(word) for word in config.bad_words_ids or ()],
+        "suppressed": tokens(config.suppress_tokens),
+        "begin_suppressed": tokens(config.begin_suppress_tokens),
+        "forced_bos": tokens(config.forced_bos_token_id),
+        "forced_eos": tokens(config.forced_eos_token_id),
+        "eos": tokens(config.eos_token_id),
+        "vocabulary": tokens(config.vocabulary),
+    }
+
+
+def check_vocabulary(config: GenerationConfig, requests: Sequence[Any], vocabulary: int) -> None:
+    """ValueError for a token of the config, IndexError for one of a prompt that there is not."""
+    if config.__dict__.get("_checked_vocabulary") != vocabulary:
+        options = _as_dict(config)
+        named = [t for word in options["bad_words"] for t in word]
+        for name in ("suppressed", "begin_suppressed", "forced_bos", "forced_eos", "vocabulary"):
+            named += options[name]
+        for token in named:
+            if token >= vocabulary:
+                raise ValueError(
+                    f"generate: the config names token {token}, but the model writes tokens 0 to "
+                    f"{vocabulary - 1}"
+                )
+        object.__setattr__(config, "_checked_vocabulary", vocabulary)
+    for _, prefix in requests:
+        for token in prefix:
+            if not 0 <= token < vocabulary:
+                raise IndexError(
+                    f"generate: a prefix has token {token}, but the model writes tokens 0 to "
+                    f"{vocabulary - 1}"
+                )
+
+
+def run(
+    owner: Any,
+    decoder: Decoder,
+    encoded: Encoded,
+    requests: Sequence[tuple[Sequence[int], Sequence[int]]],
+    config: GenerationConfig,
+    *,
+    weight_dtype: str,
+    seed: int,
+    need_attention: bool = False,
+    finished: Callable[[int], None] | None = None,
+    written: Stream | None = None,
+    timing: dict[str, Any] | None = None,
+) -> list[list[Hypothesis]]:
+    """Search for the targets of a batch. requests: (prompt, soft prefix) of each sentence."""
+    assert library.extension is not None
+    packed = _packed_for(owner, decoder, weight_dtype)
+    threads = torch.get_num_threads()
+    rows = len(requests) * (config.num_return_sequences if config.draws else config.num_beams)
+    try:
+        session = packed.idle.pop()
+    except IndexError:
+        session = decoder.start(packed.model)
+    memory = None if encoded.memory is None else encoded.memory.detach().float().contiguous()
+    S = 0 if memory is None else memory.shape[1]
+    address = 0 if memory is None else memory.data_ptr()
+    B, lengths = len(requests), list(encoded.lengths)
+    if isinstance(decoder, RecurrentDecoder):
+        states = encoded.states if isinstance(encoded.states, tuple) else (encoded.states,)
+        h, *c = [state.detach().float().contiguous() for state in states]
+        context = None if encoded.context is None else encoded.context.float().contiguous()
+        first = 0 if context is None else context.data_ptr()
+        cells = c[0].data_ptr() if c else 0
+        session.begin(B, S, h.data_ptr(), cells, first, address, lengths, rows, threads)
+    else:
+        limit = max(config.limit(len(prompt)) for prompt, _ in requests)
+        session.begin(address, B, S, lengths, rows, limit, threads)
+    options = options_of(config)
+    found = library.extension.search(
+        session,
+        requests,
+        options,
+        seed,
+        need_attention,
+        threads,
+        finished,
+        written,
+        timing,
+    )
+    packed.idle.append(session)
+    return [[hypothesis(item, S) for item in sentence] for sentence in found]
+
+
+def hypothesis(found: tuple[list[int], float, list[float], bytes], S: int) -> Hypothesis:
+    """From what the engine returns."""
+    tokens, score, log_probs, attention = found
+    shown = None
+    if attention:
+        shown = torch.frombuffer(bytearray(attention), dtype=torch.float32).view(-1, S)
+    return Hypothesis(tokens, score, log_probs, shown)

@@ -1,0 +1,424 @@
+"""generate(): from source tokens to target tokens, with a whole model."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from encdec_fast.backends import Backend, Description, explained_by, library, select
+from encdec_fast.generation import engine, reference, step
+from encdec_fast.generation.config import GenerationConfig
+from encdec_fast.generation.decoders import Decoder
+from encdec_fast.generation.describe import NotDescribed
+from encdec_fast.generation.engine import Encoded, Stream
+from encdec_fast.generation.result import Hypothesis
+
+WEIGHT_DTYPES: dict[Any, str] = {
+    torch.float32: "float32",
+    torch.bfloat16: "bfloat16",
+    "int8": "int8",
+}
+
+
+class Generates(Protocol):
+    """What `generate` asks of a model; those of `encdec_fast.models` answer it.
+
+    source_padding: the token that fills up a source. A model of your own can answer through any
+    object that has these four (and may be kept, so that its packed weights are).
+    """
+
+    source_padding: int
+
+    def generation_encode(self, source: Tensor, source_lengths: Tensor) -> Encoded:
+        """Run the encoder; source int64 (B, S), source_lengths int64 (B)."""
+
+    def generation_decoder(self) -> Decoder:
+        """Describe the decoder for the engine. NotDescribed where that is not possible."""
+
+    def generation_step(self, encoded: Encoded) -> tuple[step.Step, Any]:
+        """A step in plain torch, and its first state: see `encdec_fast.generation.search`."""
+
+
+@dataclass(frozen=True)
+class GenerationOutput:
+    """hypotheses: for each sentence, in the order given, its hypotheses, best first."""
+
+    hypotheses: list[list[Hypothesis]]
+    fill_token: int
+
+    @cached_property
+    def sequences(self) -> Tensor:
+        """(sentences * num_return_sequences, longest) int64: tokens, then fill_token."""
+        rows = [torch.tensor(h.tokens) for sentence in self.hypotheses for h in sentence]
+        if not rows:
+            return torch.empty(0, 0, dtype=torch.int64)
+        fill = float(self.fill_token)
+        return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=fill)
+
+    @cached_property
+    def scores(self) -> Tensor:
+        """(sentences * num_return_sequences): each hypothesis' score."""
+        return torch.tensor([h.score for sentence in self.hypotheses for h in sentence])
+
+
+class GenerationCall(NamedTuple):
+    """What the backends judge."""
+
+    model: str
+    not_described: str
+    device: str
+
+
+def _why_not_cpu(call: GenerationCall) -> list[str]:
+    reasons = _why_not_torch(call)
+    if call.not_described:
+        reasons.append(call.not_described)
+    if call.device != "cpu":
+        reasons.append(f"the model is on {call.device}")
+    return reasons
+
+
+def _why_not_torch(call: GenerationCall) -> list[str]:
+    if library.extension is None:
+        return ["the compiled module encdec_fast._C is not loaded"]
+    return []
+
+
+class _Batch(NamedTuple):
+    """The arguments of a search."""
+
+    model: Any
+    decoder: Decoder | None
+    encoded: Encoded
+    requests: list[tuple[list[int], list[int]]]
+    config: GenerationConfig
+    seed: int
+    weight_dtype: str
+    need_attention: bool
+    finished: Callable[[int], None] | None
+    written: Stream | None
+    timing: dict[str, Any] | None
+
+
+def _run_engine(batch: _Batch) -> list[list[Hypothesis]]:
+    assert batch.decoder is not None
+    return engine.run(
+        batch.model,
+        batch.decoder,
+        batch.encoded,
+        batch.requests,
+        batch.config,
+        weight_dtype=batch.weight_dtype,
+        seed=batch.seed,
+        need_attention=batch.need_attention,
+        finished=batch.finished,
+        written=batch.written,
+        timing=batch.timing,
+    )
+
+
+def _run_step(batch: _Batch) -> list[list[Hypothesis]]:
+    take, state = batch.model.generation_step(batch.encoded)
+    return step.search(
+        take,
+        state,
+        [prompt for prompt, _ in batch.requests],
+        batch.config,
+        prefixes=[prefix for _, prefix in batch.requests],
+        source_lengths=list(batch.encoded.lengths),
+        seed=batch.seed,
+        need_attention=batch.need_attention,
+        stream=batch.written,
+        timing=batch.timing,
+    )
+
+
+def _run_reference(batch: _Batch) -> list[list[Hypothesis]]:
+    if batch.written is not None:
+        raise RuntimeError("generate: the reference does not stream")
+    take, state = batch.model.generation_step(batch.encoded)
+    prefixes = [prefix for _, prefix in batch.requests]
+    with torch.no_grad():
+        return reference.search(
+            take,
+            state,
+            [prompt for prompt, _ in batch.requests],
+            batch.config,
+            prefixes=prefixes if batch.config.prefix_bias is not None else None,
+            source_lengths=list(batch.encoded.lengths),
+            generator=torch.Generator().manual_seed(batch.seed % 2**63),
+            need_attention=batch.need_attention,
+        )
+
+
+BACKENDS = (
+    Backend("cpu", _run_engine, _why_not_cpu),
+    # The compiled search around the model's own modules.
+    Backend("torch", _run_step, _why_not_torch),
+    Backend("reference", _run_reference, lambda call: []),
+)
+
+
+def _described(model: Any) -> tuple[Decoder | None, GenerationCall]:
+    decoder, reason = None, ""
+    try:
+        decoder = model.generation_decoder()
+    except NotDescribed as error:
+        reason = str(error)
+    except AttributeError as error:
+        if hasattr(model, "generation_decoder"):
+            raise
+        raise TypeError(
+            f"generate: {type(model).__name__} has no generation_decoder: give a model of "
+            "encdec_fast.models, an object like encdec_fast.generation.Generates, or call "
+            "encdec_fast.generation.search with a step"
+        ) from error
+    device = "cpu" if decoder is None else decoder.embedding.device.type
+    return decoder, GenerationCall(type(model).__name__, reason, device)
+
+
+class _Sources(NamedTuple):
+    """Sentences, padded: tokens int64 (B, S), lengths int64 (B)."""
+
+    tokens: Tensor
+    lengths: Tensor
+
+
+def _sources(source: Any, source_lengths: Any, padding: int) -> _Sources:
+    if isinstance(source, Tensor):
+        if source.dim() != 2 or source.dtype != torch.int64:
+            raise RuntimeError(
+                "generate: source must be int64 of the shape (B, S), or a list of lists, but it is "
+                f"{source.dtype} of the shape {tuple(source.shape)}"
+            )
+        if source_lengths is None:
+            lengths = (source != padding).sum(1).cpu()
+        else:
+            lengths = torch.as_tensor(source_lengths, dtype=torch.int64).cpu()
+        tokens = source
+    else:
+        if source_lengths is not None:
+            raise RuntimeError("generate: source_lengths are those of a tensor; a list has its own")
+        rows = [torch.as_tensor(row, dtype=torch.int64) for row in source]
+        lengths = torch.tensor([row.numel() for row in rows], dtype=torch.int64)
+        if not rows:
+            return _Sources(torch.empty(0, 0, dtype=torch.int64), lengths)
+        tokens = torch.nn.utils.rnn.pad_sequence(
+            rows, batch_first=True, padding_value=float(padding)
+        )
+    B, S = tokens.shape
+    if lengths.shape != (B,):
+        raise RuntimeError(
+            f"generate: source_lengths must be {B} integers, one for each sentence, but they are "
+            f"of the shape {tuple(lengths.shape)}"
+        )
+    if B and (int(lengths.min()) < 1 or int(lengths.max()) > S):
+        raise RuntimeError(
+            f"generate: each sentence must have from 1 to {S} tokens, but the lengths are "
+            f"{lengths.tolist()}"
+        )
+    return _Sources(tokens, lengths)
+
+
+def _batches(lengths: list[int], most: int | None) -> Iterator[list[int]]:
+    """Sentences that are decoded together: of similar lengths, the longest first."""
+    order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
+    while order:
+        width = lengths[order[0]]
+        count = len(order) if most is None else max(1, most // max(1, width))
+        yield order[:count]
+        order = order[count:]
+
+
+def _requests(
+    prefixes: Sequence[Sequence[int]] | None, count: int, config: GenerationConfig
+) -> list[tuple[list[int], list[int]]]:
+    start = config.decoder_start_token_id
+    if start is None:
+        raise ValueError("generate: the config needs a decoder_start_token_id")
+    if prefixes is None:
+        return [([start], []) for _ in range(count)]
+    given = [torch.as_tensor(row, dtype=torch.int64).tolist() for row in prefixes]
+    if len(given) != count:
+        raise RuntimeError(f"generate: there are {count} sentences, but {len(given)} prefixes")
+    if config.prefix_bias is not None:
+        return [([start], row) for row in given]
+    return [([start, *row], []) for row in given]
+
+
+def _check_lengths(
+    decoder: Decoder | None,
+    sources: _Sources,
+    requests: list[tuple[list[int], list[int]]],
+    config: GenerationConfig,
+) -> None:
+    for prompt, _ in requests:
+        if config.limit(len(prompt)) <= len(prompt):
+            raise ValueError(
+                f"generate: a prefix of {len(prompt)} tokens with the start token leaves none to "
+                f"write, max_length is {config.max_length}"
+            )
+    if decoder is None or not requests:
+        return
+    limit = max(config.limit(len(prompt)) for prompt, _ in requests)
+    most = decoder.max_target_length
+    # The last token is written, but not read.
+    if most is not None and limit - 1 > most:
+        raise ValueError(
+            f"generate: targets may have {limit} tokens, but the decoder has {most} positions: "
+            "set max_length or max_new_tokens"
+        )
+    most = decoder.max_source_length
+    if most is not None and sources.tokens.shape[1] > most:
+        raise RuntimeError(
+            f"generate: a source has {sources.tokens.shape[1]} tokens, but the attention has "
+            f"{most} positions"
+        )
+    engine.check_vocabulary(config, requests, decoder.output.weight.shape[0])
+    rows = decoder.embedding.shape[0]
+    for prompt, _ in requests:
+        if not all(0 <= token < rows for token in prompt):
+            raise IndexError(f"generate: a prompt has a token outside of the embedding's {rows}")
+
+
+def _weight_dtype(model: Any, weight_dtype: Any) -> str:
+    if weight_dtype is None:
+        parameter = next(model.parameters(), None) if hasattr(model, "parameters") else None
+        found = getattr(getattr(model, "output", None), "weight_dtype", None)
+        weight_dtype = found if found is not None else getattr(parameter, "dtype", torch.float32)
+        return WEIGHT_DTYPES.get(weight_dtype, "float32")
+    if weight_dtype not in WEIGHT_DTYPES:
+        raise ValueError(
+            "generate: weight_dtype must be None, torch.float32, torch.bfloat16 or 'int8', but it "
+            f"is {weight_dtype!r}"
+        )
+    return WEIGHT_DTYPES[weight_dtype]
+
+
+@contextlib.contextmanager
+def _evaluating(model: Any) -> Iterator[None]:
+    """Without dropout, and as before afterwards."""
+    training = [m for m in model.modules() if m.training] if hasattr(model, "modules") else []
+    for module in training:
+        module.training = False
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+@contextlib.contextmanager
+def _progress(total: int, shown: bool) -> Iterator[Callable[[int], None] | None]:
+    if not shown:
+        yield None
+        return
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+
+    columns = (TextColumn("generating"), BarColumn(), MofNCompleteColumn())
+    with Progress(*columns, transient=True) as progress:
+        task = progress.add_task("", total=total)
+        yield lambda _: progress.advance(task)
+
+
+def _describe(model: Any, *args: Any, **kwargs: Any) -> Description:
+    decoder, call = _described(model)
+    sizes = "a model of its own step" if decoder is None else f"{type(decoder).__name__}"
+
+    def plan(backend: str) -> str:
+        return "" if backend != "cpu" else f"weights in {_weight_dtype(model, None)} unless asked"
+
+    return Description("generate", BACKENDS, call, sizes, plan)
+
+
+@explained_by(_describe)
+def generate(
+    model: Any,
+    source: Any,
+    config: GenerationConfig | None = None,
+    *,
+    source_lengths: Any = None,
+    prefixes: Sequence[Sequence[int]] | None = None,
+    weight_dtype: Any = None,
+    need_attention: bool = False,
+    stream: Stream | None = None,
+    progress: bool = False,
+    timing: dict[str, Any] | None = None,
+    **options: Any,
+) -> GenerationOutput:
+    """Targets for sources, by greedy search, beam search or sampling.
+
+    model: of `encdec_fast.models`, or any object like `Generates`; it is used as in eval mode.
+    source: int64 (B, S), or a list of lists of tokens of any lengths. source_lengths: of a tensor,
+        each from 1 to S; None: the model's source_padding, at the end only, is not counted.
+    config, options: what to search for; options are names of GenerationConfig's and go before it.
+    prefixes: for each sentence the tokens that its target begins with, behind the start token; with
+        config.prefix_bias those that it is drawn to.
+    weight_dtype: how the engine holds the decoder's weights: torch.float32, torch.bfloat16 or
+        "int8"; None: as the model does. They are packed once, and anew when the model's change;
+        `encdec_fast.generation.packed_bytes(model)` says what they take.
+    need_attention: also return the weights over the source of each token written: a recurrent
+        decoder's, of a Transformer the mean over the heads of its last layer.
+    stream: called with (sentence, tokens) as soon as these are certain to come next: with one beam
+        each token, with more what all open hypotheses have in common.
+    progress: show a bar (needs the package rich). timing: a dict that receives the number of steps
+        and rows, and the seconds spent in the decoder and in the search.
+
+    Sentences are sorted by length and decoded in batches of at most config.max_batch_tokens; what
+    is returned is in the order given. Ctrl-C ends it between two steps.
+
+    Raises RuntimeError for sources of a wrong shape or longer than the model can read, and where a
+    score is NaN or infinite; IndexError for tokens outside of the vocabularies; ValueError for
+    options that contradict each other or do not fit the model.
+    """
+    config = GenerationConfig() if config is None else config
+    if options:
+        config = config.replace(**options)
+    decoder, call = _described(model)
+    backend = select(BACKENDS, call)
+    sources = _sources(source, source_lengths, model.source_padding)
+    lengths = sources.lengths.tolist()
+    requests = _requests(prefixes, len(lengths), config)
+    _check_lengths(decoder, sources, requests, config)
+    held = _weight_dtype(model, weight_dtype)
+    seed = 0
+    if config.do_sample:
+        seed = config.seed if config.seed is not None else int(torch.randint(2**63 - 1, ()))
+    found: list[list[Hypothesis]] = [[] for _ in lengths]
+    with _evaluating(model), torch.inference_mode(), _progress(len(lengths), progress) as advance:
+        for number, batch in enumerate(_batches(lengths, config.max_batch_tokens)):
+            whole = len(batch) == len(lengths) and batch == list(range(len(lengths)))
+            own = sources.lengths if whole else sources.lengths[batch]
+            tokens = sources.tokens if whole else sources.tokens[batch]
+            longest = int(own.max())
+            encoded = model.generation_encode(tokens[:, :longest], own)
+            order = batch
+
+            def written(sentence: int, tokens: list[int], order: list[int] = order) -> None:
+                assert stream is not None
+                stream(order[sentence], tokens)
+
+            results = backend.run(
+                _Batch(
+                    model,
+                    decoder,
+                    encoded,
+                    [requests[i] for i in batch],
+                    config,
+                    (seed + number) % 2**64,
+                    held,
+                    need_attention,
+                    advance,
+                    None if stream is None else written,
+                    timing,
+                )
+            )
+            for i, result in zip(batch, results, strict=True):
+                found[i] = result
+    return GenerationOutput(found, config.fill_token)
