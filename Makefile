@@ -72,12 +72,13 @@ lint: $(TORCH_STAMP) $(STAMPS)/req-lint ## Check style, types and layers
 bench-rnn: $(STAMPS)/built $(STAMPS)/req-bench ## Measure LSTM, GRU and RNN beside their peers (BENCH_ARGS="...")
 	$(BENCH_ENV) $(PY) -m benchmarks.report rnn $(BENCH_ARGS)
 
-.PHONY: bench-attention bench-bridge bench-linear bench-transformer
-bench-attention bench-bridge bench-linear bench-transformer: bench-%: $(STAMPS)/built $(STAMPS)/req-bench
+.PHONY: bench-attention bench-bridge bench-generation bench-linear bench-transformer
+bench-attention bench-bridge bench-generation bench-linear bench-transformer: bench-%: $(STAMPS)/built $(STAMPS)/req-bench
 	$(BENCH_ENV) $(PY) -m benchmarks.report $* $(BENCH_ARGS)
 bench-attention: ## Measure additive and scaled dot-product attention beside torch
 bench-bridge: ## Measure the attention decoder and the bridges beside torch
 bench-transformer: ## Measure a Transformer's encoder beside torch
+bench-generation: ## Measure generation beside transformers, CTranslate2 and torch loops
 bench-linear: ## Measure linear on packed weights beside torch
 
 .PHONY: build

@@ -26,6 +26,9 @@ CONTENDERS = {
     "transformer_encoder": ("torch", "encdec_fast"),
     "attention_decoder": ("torch", "encdec_fast"),
     "gated_bridge": ("torch", "encdec_fast"),
+    "recurrent_translation": ("torch", "encdec_fast"),
+    "pronunciation": ("torch", "encdec_fast"),
+    "translation": ("transformers", "CTranslate2 float32", "CTranslate2 int8", "encdec_fast"),
 }
 
 

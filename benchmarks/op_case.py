@@ -18,6 +18,9 @@ Op = Literal[
     "transformer_encoder",
     "attention_decoder",
     "gated_bridge",
+    "translation",
+    "recurrent_translation",
+    "pronunciation",
 ]
 Results = dict[str, Tensor]
 
@@ -25,7 +28,8 @@ Results = dict[str, Tensor]
 @dataclass(frozen=True)
 class OpCase:
     """shape: B, Tq, S, A of additive attention; B, H, Tq, S, D of attention; M, N, K of linear;
-    B, T of a Transformer's encoder; B, Tq, S, H of the attention decoder; B, H of the gated bridge.
+    B, T of a Transformer's encoder; B, Tq, S, H of the attention decoder; B, H of the gated bridge;
+    B, beams of what generates.
 
     variant: of attention: "" all keys, "padded" lengths from a quarter of S to S, as a mask for
     torch; "weights" returned too; "backward" alone, the forward's results at hand. Of the encoder:
@@ -62,6 +66,10 @@ class OpCase:
             b, tq, s, h = self.shape
             step = 2 * (4 * h * 3 * h + h * h) * b * tq
             return 3 * (step + 2 * b * s * h * h)
+        if self.op in ("translation", "recurrent_translation", "pronunciation"):
+            from benchmarks import generation_cases
+
+            return generation_cases.flops(self)
         if self.op == "gated_bridge":
             b, h = self.shape
             return 2 * b * 3 * h * h

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import encdec_fast
-from benchmarks import network_cases
+from benchmarks import generation_cases, network_cases
 from benchmarks.op_case import Contender, Op, OpCase, Results, Work, gradients, inference, training
 from encdec_fast.ops import additive_attention, attention, linear
 from encdec_fast.ops._cpu import FORMATS
@@ -188,6 +188,7 @@ MAKERS: dict[Op, Callable[[OpCase], Work]] = {
     "attention": _attention,
     "linear": _linear,
     **network_cases.MAKERS,
+    **generation_cases.MAKERS,
 }
 
 SUITES: dict[str, list[OpCase]] = {
@@ -223,4 +224,5 @@ SUITES: dict[str, list[OpCase]] = {
         for shape in ((640, 512, 512), (640, 2048, 512), (4096, 512, 2048))
     ],
     **network_cases.SUITES,
+    **generation_cases.SUITES,
 }

@@ -7,7 +7,7 @@ import json
 import os
 import shlex
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from functools import cached_property
@@ -33,6 +33,9 @@ AXES = {
     "transformer_encoder": "B, T",
     "attention_decoder": "B, Tq, S, H",
     "gated_bridge": "B, H",
+    "translation": "B, beams",
+    "recurrent_translation": "B, beams",
+    "pronunciation": "B, beams",
 }
 OURS, KERNEL = "encdec_fast", "encdec_fast C++ call"
 
@@ -60,6 +63,11 @@ class OpResult:
         """How many times faster we are than a peer."""
         ours, theirs = self.seconds(OURS), self.seconds(peer)
         return theirs / ours if ours and theirs else None
+
+    def over_best(self, name: str) -> float | None:
+        """How many times faster we are than the fastest peer whose name begins with this."""
+        ratios = [self.over(peer) for peer in self.samples if peer.startswith(name)]
+        return min((ratio for ratio in ratios if ratio), default=None)
 
     @property
     def share_of_peak(self) -> float | None:
@@ -121,6 +129,53 @@ def _encoder(dtype: str, padded: bool) -> Callable[[OpCase], bool]:
 
 def _linear(dtype: str, rows: Callable[[int], bool]) -> Callable[[OpCase], bool]:
     return lambda c: c.op == "linear" and c.dtype == dtype and not c.training and rows(c.shape[0])
+
+
+def _generates(op: str, dtype: str, one: bool) -> Callable[[OpCase], bool]:
+    """one: a batch of one, and of translation one beam."""
+    single = {"translation": (1, 1), "recurrent_translation": (1, 5), "pronunciation": (1, 1)}
+    return lambda c: c.op == op and c.dtype == dtype and (c.shape == single[op]) == one
+
+
+def _generation_bars() -> Iterator[OpBar]:
+    best: Callable[[OpResult], float | None] = lambda r: r.over_best("CTranslate2")  # noqa: E731
+    for dtype, one, wanted in (
+        ("int8", True, 4),
+        ("bfloat16", True, 2.2),
+        ("int8", False, 2.5),
+        ("bfloat16", False, 1.8),
+    ):
+        name = f"translation {dtype}, " + ("B 1, beam 1" if one else "other sizes")
+        yield OpBar(
+            f"{name}, over CTranslate2's best mode",
+            _generates("translation", dtype, one),
+            best,
+            wanted,
+        )
+    yield OpBar(
+        "translation float32, B 1, beam 1, over CTranslate2 float32",
+        _generates("translation", "float32", True),
+        lambda r: r.over("CTranslate2 float32"),
+        1.8,
+    )
+    yield OpBar(
+        "translation int8, over transformers",
+        lambda c: c.op == "translation" and c.dtype == "int8",
+        lambda r: r.over("transformers"),
+        5,
+    )
+    for op, dtype, one, wanted in (
+        ("recurrent_translation", "float32", True, 3),
+        ("recurrent_translation", "bfloat16", True, 6),
+        ("recurrent_translation", "int8", True, 12),
+        ("recurrent_translation", "float32", False, 1.8),
+        ("recurrent_translation", "bfloat16", False, 3),
+        ("recurrent_translation", "int8", False, 5),
+        ("pronunciation", "float32", True, 15),
+        ("pronunciation", "float32", False, 4),
+    ):
+        name = f"{op.replace('_', ' ')} {dtype}, " + ("B 1" if one else "batches")
+        yield OpBar(f"{name}, over a torch loop", _generates(op, dtype, one), _FROM_TORCH, wanted)
 
 
 _ONE, *_LARGE = ((32, 1, 50, 512), (32, 50, 50, 512), (8, 128, 512, 512))
@@ -189,6 +244,7 @@ BARS = (
         _FROM_TORCH,
         4,
     ),
+    *_generation_bars(),
     OpBar("float32, over torch", _linear("float32", lambda m: True), _FROM_TORCH, 1.7),
     OpBar("bfloat16, over torch", _linear("bfloat16", lambda m: m > 8), _FROM_TORCH, 1.0),
     OpBar("bfloat16, M ≤ 8, over torch", _linear("bfloat16", lambda m: m <= 8), _FROM_TORCH, 1.5),

@@ -55,6 +55,7 @@ class TransformerRun {
         team_(barrier, rank, members),
         places_(transformer_places(step)),
         width_(step.heads * step.head_size),
+        whole_heads_(step.head_size % kLanes == 0),
         x_(rows_at(places_.x, step.D)),
         q_(rows_at(places_.q, width_)),
         a_(rows_at(places_.a, width_)),
@@ -108,7 +109,13 @@ class TransformerRun {
     before(w.self_norm);
     project_self(w, l);
     team_.wait();
-    team_.each(s_.rows * s_.heads, [&](int64_t u) { attend_self(l, u / s_.heads, u % s_.heads); });
+    team_.each(s_.rows * s_.heads, [&](int64_t u) {
+      if (whole_heads_) {
+        attend_self<true>(l, u / s_.heads, u % s_.heads);
+      } else {
+        attend_self<false>(l, u / s_.heads, u % s_.heads);
+      }
+    });
     add_product(w.self_out, a_, width_);
     between(w.self_norm, w.cross_norm);
     team_.multiply(w.cross_query, staged_, s_.rows,
@@ -185,13 +192,16 @@ class TransformerRun {
     }
   }
 
-  // A key's vector at a; a head's last one may be short.
-  ENCDEC_INLINE Float key_vector(const float* key, int64_t a) const {
-    return load_lanes(key + a, lanes_left(a, s_.head_size));
+  // A head's vector at a; the last one may be short where heads are not `whole` vectors.
+  template <bool whole>
+  ENCDEC_INLINE Float head_vector(const float* head, int64_t a) const {
+    if constexpr (whole) return load(head + a);
+    return load_lanes(head + a, lanes_left(a, s_.head_size));
   }
 
   static ENCDEC_INLINE Float dot(Float sum, Float q, Float k, int64_t) { return fma(q, k, sum); }
 
+  template <bool whole>
   void attend_self(int64_t l, int64_t r, int64_t head) const {
     const int64_t n = s_.position + 1, size = s_.head_size;
     const float** const keys = own<const float*>(places_.keys);
@@ -208,7 +218,8 @@ class TransformerRun {
     copy_query(r, head, query);
     all_sums(
         query, 0, 1, n, round_up(size, kLanes), scores, 0,
-        [&](int64_t j, int64_t a) __attribute__((always_inline)) { return key_vector(keys[j], a); },
+        [&](int64_t j, int64_t a)
+            __attribute__((always_inline)) { return head_vector<whole>(keys[j], a); },
         [](Float sum, Float q, Float k, int64_t a)
             __attribute__((always_inline)) { return dot(sum, q, k, a); });
     if (s_.position_bias) {
@@ -217,16 +228,35 @@ class TransformerRun {
     }
     softmax_row(scores, n, 1.0f);
     float* const to = a_.at(r) + head * size;
-    for (int64_t c = 0; c < size; c += kLanes) {
-      const int lanes = lanes_left(c, size);
-      Float even = zero(), odd = zero();
-      int64_t t = 0;
-      for (; t + 2 <= n; t += 2) {
-        even = fma(set1(scores[t]), load_lanes(values[t] + c, lanes), even);
-        odd = fma(set1(scores[t + 1]), load_lanes(values[t + 1] + c, lanes), odd);
+    int64_t c = 0;
+    for (; whole && c + 4 * kLanes <= size; c += 4 * kLanes) sum_values<4, whole>(n, c, to);
+    for (; c < size; c += kLanes) sum_values<1, whole>(n, c, to);
+  }
+
+  // NV vectors of the sum of the values with the weights in `scores`, from column c on.
+  template <int NV, bool whole>
+  void sum_values(int64_t n, int64_t c, float* to) const {
+    const float* const scores = own<float>(places_.scores);
+    const float* const* const values = own<const float*>(places_.values);
+    Float sums[2][NV];  // two runs hide the latency of the multiply-add
+    for (int v = 0; v < NV; ++v) sums[0][v] = sums[1][v] = zero();
+    const auto add_one = [&](int64_t t, int run) __attribute__((always_inline)) {
+      const Float weight = set1(scores[t]);
+#pragma GCC unroll 4
+      for (int v = 0; v < NV; ++v) {
+        const Float x = head_vector<whole>(values[t], c + v * kLanes);
+        sums[run][v] = fma(weight, x, sums[run][v]);
       }
-      if (t < n) even = fma(set1(scores[t]), load_lanes(values[t] + c, lanes), even);
-      store_lanes(to + c, add(even, odd), lanes);
+    };
+    int64_t t = 0;
+    for (; t + 2 <= n; t += 2) {
+      add_one(t, 0);
+      add_one(t + 1, 1);
+    }
+    if (t < n) add_one(t, 0);
+    for (int v = 0; v < NV; ++v) {
+      const int64_t at = c + v * kLanes;
+      store_lanes(to + at, add(sums[0][v], sums[1][v]), lanes_left(at, s_.head_size));
     }
   }
 
@@ -248,12 +278,19 @@ class TransformerRun {
     const int64_t heads = weights ? 1 : s_.heads;  // who sums weights has all heads of a row
     team_.each(groups_ * heads, [&](int64_t u) {
       const int64_t first = starts[u / heads], rows = starts[u / heads + 1] - first;
-      if (!weights) return attend_group(w, first, rows, u % heads, nullptr);
-      std::memset(weights + first * s_.S, 0, static_cast<size_t>(rows * s_.S * 4));
-      for (int64_t head = 0; head < s_.heads; ++head) attend_group(w, first, rows, head, weights);
+      if (weights) std::memset(weights + first * s_.S, 0, static_cast<size_t>(rows * s_.S * 4));
+      const int64_t head = u % heads, end = weights ? s_.heads : head + 1;
+      for (int64_t h = head; h < end; ++h) {
+        if (whole_heads_) {
+          attend_group<true>(w, first, rows, h, weights);
+        } else {
+          attend_group<false>(w, first, rows, h, weights);
+        }
+      }
     });
   }
 
+  template <bool whole_head>
   void attend_group(const TransformerLayer& w, int64_t first, int64_t rows, int64_t head,
                     float* weights) const {
     using attention::ENCDEC_ISA_NAMESPACE::kTileQueries;
@@ -276,7 +313,7 @@ class TransformerRun {
     all_sums(
         query, stride, rows, n, whole, scores, places_.score_stride,
         [&](int64_t j, int64_t a) __attribute__((always_inline)) {
-          return key_vector(keys + std::min(j, n - 1) * width_, a);
+          return head_vector<whole_head>(keys + std::min(j, n - 1) * width_, a);
         },
         [](Float sum, Float q, Float k, int64_t a)
             __attribute__((always_inline)) { return dot(sum, q, k, a); });
@@ -314,6 +351,7 @@ class TransformerRun {
   const StepTeam<format> team_;
   const TransformerPlaces places_;
   const int64_t width_;
+  const bool whole_heads_;
   const FloatRows x_, q_, a_, f_;
   const StagedRows staged_;
   char* const own_;

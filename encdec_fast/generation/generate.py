@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import contextlib
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, NamedTuple, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from encdec_fast.backends import Backend, Description, explained_by, library, select
 from encdec_fast.generation import engine, reference, step
+from encdec_fast.generation._snapshot import Snapshot
 from encdec_fast.generation.config import GenerationConfig
 from encdec_fast.generation.decoders import Decoder
 from encdec_fast.generation.describe import NotDescribed
@@ -165,8 +167,29 @@ BACKENDS = (
 )
 
 
-def _described(model: Any) -> tuple[Decoder | None, GenerationCall]:
+class _Described(NamedTuple):
+    """A model as the backends see it."""
+
+    decoder: Decoder | None
+    call: GenerationCall
+    weight_dtype: str  # that its own weights have
+    snapshot: Snapshot | None  # None: of an object that is no module
+
+
+_known: weakref.WeakKeyDictionary[Any, _Described] = weakref.WeakKeyDictionary()
+
+
+def _described(model: Any) -> _Described:
+    found = _known.get(model)
+    if found is None or found.snapshot is None or not found.snapshot.fresh():
+        found = _known[model] = _describe_anew(model)
+    return found
+
+
+def _describe_anew(model: Any) -> _Described:
     decoder, reason = None, ""
+    # Before the description: what changes meanwhile must leave it stale.
+    snapshot = Snapshot(model) if isinstance(model, nn.Module) else None
     try:
         decoder = model.generation_decoder()
     except NotDescribed as error:
@@ -180,7 +203,17 @@ def _described(model: Any) -> tuple[Decoder | None, GenerationCall]:
             "encdec_fast.generation.search with a step"
         ) from error
     device = "cpu" if decoder is None else decoder.embedding.device.type
-    return decoder, GenerationCall(type(model).__name__, reason, device)
+    call = GenerationCall(type(model).__name__, reason, device)
+    return _Described(decoder, call, _own_weight_dtype(model), snapshot)
+
+
+def _own_weight_dtype(model: Any) -> str:
+    """Of the output layer, where `optimize` gave it one, or of the parameters."""
+    held = getattr(getattr(model, "output", None), "weight_dtype", None)
+    if held is None:
+        parameter = next(model.parameters(), None) if hasattr(model, "parameters") else None
+        held = getattr(parameter, "dtype", torch.float32)
+    return WEIGHT_DTYPES.get(held, "float32")
 
 
 class _Sources(NamedTuple):
@@ -287,12 +320,9 @@ def _check_lengths(
             raise IndexError(f"generate: a prompt has a token outside of the embedding's {rows}")
 
 
-def _weight_dtype(model: Any, weight_dtype: Any) -> str:
+def _weight_dtype(described: _Described, weight_dtype: Any) -> str:
     if weight_dtype is None:
-        parameter = next(model.parameters(), None) if hasattr(model, "parameters") else None
-        found = getattr(getattr(model, "output", None), "weight_dtype", None)
-        weight_dtype = found if found is not None else getattr(parameter, "dtype", torch.float32)
-        return WEIGHT_DTYPES.get(weight_dtype, "float32")
+        return described.weight_dtype
     if weight_dtype not in WEIGHT_DTYPES:
         raise ValueError(
             "generate: weight_dtype must be None, torch.float32, torch.bfloat16 or 'int8', but it "
@@ -302,9 +332,10 @@ def _weight_dtype(model: Any, weight_dtype: Any) -> str:
 
 
 @contextlib.contextmanager
-def _evaluating(model: Any) -> Iterator[None]:
+def _evaluating(model: Any, described: _Described) -> Iterator[None]:
     """Without dropout, and as before afterwards."""
-    training = [m for m in model.modules() if m.training] if hasattr(model, "modules") else []
+    modules = [] if described.snapshot is None else [model, *described.snapshot.parts]
+    training = [module for module in modules if module.training]
     for module in training:
         module.training = False
     try:
@@ -328,13 +359,15 @@ def _progress(total: int, shown: bool) -> Iterator[Callable[[int], None] | None]
 
 
 def _describe(model: Any, *args: Any, **kwargs: Any) -> Description:
-    decoder, call = _described(model)
-    sizes = "a model of its own step" if decoder is None else f"{type(decoder).__name__}"
+    found = _described(model)
+    decoder = found.decoder
+    sizes = "a model of its own step" if decoder is None else type(decoder).__name__
+    held = _weight_dtype(found, kwargs.get("weight_dtype"))
 
     def plan(backend: str) -> str:
-        return "" if backend != "cpu" else f"weights in {_weight_dtype(model, None)} unless asked"
+        return f"weights in {held}" if backend == "cpu" else ""
 
-    return Description("generate", BACKENDS, call, sizes, plan)
+    return Description("generate", BACKENDS, found.call, sizes, plan)
 
 
 @explained_by(_describe)
@@ -380,18 +413,22 @@ def generate(
     config = GenerationConfig() if config is None else config
     if options:
         config = config.replace(**options)
-    decoder, call = _described(model)
-    backend = select(BACKENDS, call)
+    described = _described(model)
+    decoder, backend = described.decoder, select(BACKENDS, described.call)
     sources = _sources(source, source_lengths, model.source_padding)
     lengths = sources.lengths.tolist()
     requests = _requests(prefixes, len(lengths), config)
     _check_lengths(decoder, sources, requests, config)
-    held = _weight_dtype(model, weight_dtype)
+    held = _weight_dtype(described, weight_dtype)
     seed = 0
     if config.do_sample:
         seed = config.seed if config.seed is not None else int(torch.randint(2**63 - 1, ()))
     found: list[list[Hypothesis]] = [[] for _ in lengths]
-    with _evaluating(model), torch.inference_mode(), _progress(len(lengths), progress) as advance:
+    with (
+        _evaluating(model, described),
+        torch.inference_mode(),
+        _progress(len(lengths), progress) as advance,
+    ):
         for number, batch in enumerate(_batches(lengths, config.max_batch_tokens)):
             whole = len(batch) == len(lengths) and batch == list(range(len(lengths)))
             own = sources.lengths if whole else sources.lengths[batch]

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from encdec_fast.backends import Description
 from encdec_fast.nn._parts import Reads, attend_by_score, describe_called, why_called
 from encdec_fast.nn.additive_attention import Lengths
+from encdec_fast.nn.linear import Linear
 from encdec_fast.ops._call import needs_gradient, weight_dtype_name
 from encdec_fast.ops.additive_attention import additive_attention
 from encdec_fast.ops.additive_attention import describe as describe_additive
@@ -88,9 +89,9 @@ class DirectBridge(Bridge):
             raise ValueError("DirectBridge: merge='projection' needs hidden_size and output_size")
         features = 2 * hidden_size if bidirectional else hidden_size
         where: dict[str, Any] = {"device": device, "dtype": dtype}
-        self.hidden_proj = nn.Linear(features, output_size, **where)
+        self.hidden_proj = Linear(features, output_size, **where)
         if lstm:
-            self.cell_proj = nn.Linear(features, output_size, **where)
+            self.cell_proj = Linear(features, output_size, **where)
 
     def extra_repr(self) -> str:
         return (
