@@ -46,7 +46,7 @@ help: ## Say what there is to make
 
 .PHONY: demo
 demo: $(STAMPS)/built $(STAMPS)/req-demo $(STAMPS)/req-demo-data ## Pronounce WORDS="..." and 5,000 dictionary words
-	$(PY) examples/g2p.py $(WORDS)
+	$(PY) -m examples.demo $(WORDS)
 
 .PHONY: test
 test: $(STAMPS)/built $(STAMPS)/req-test $(STAMPS)/req-demo-data $(STAMPS)/qemu ## Run the C++ and Python tests (PYTEST_ARGS="...")

@@ -104,7 +104,7 @@ class PythonDecoder(Decoder):
 
 def search(
     decoder: Decoder,
-    requests: Sequence[tuple[Sequence[int], Sequence[int]]],
+    requests: Sequence[tuple[Sequence[int], Sequence[int], int]],
     options: Options,
     seed: int,
     need_attention: bool,

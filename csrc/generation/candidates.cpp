@@ -78,13 +78,21 @@ bool Candidates::top(const float* row, int64_t count, float* total, std::vector<
   const int64_t kept = std::min(count, kMostByScan);
   int64_t n = 0;
   *total = kernels_.scan_row(row, vocabulary_, kept, scores_.data(), tokens_.data(), &n);
-  // Where nothing is possible the logarithm of the sum is -infinity.
-  if (std::isnan(*total) || *total == std::numeric_limits<float>::infinity()) return false;
+  if (std::isnan(*total)) return false;
   if (count > kMostByScan) return all(row, found);
   for (int64_t i = 0; i < n; ++i) {
     found->push_back({scores_[static_cast<size_t>(i)], tokens_[static_cast<size_t>(i)]});
   }
+  if (options_.sample && n > 0 && n == kept) add_ties(row, found);
   return true;
+}
+
+// Tokens as good as the last one that was found: top_k does not tell them apart.
+void Candidates::add_ties(const float* row, std::vector<Candidate>* found) const {
+  const Candidate last = found->back();
+  for (int64_t t = last.token + 1; t < vocabulary_; ++t) {
+    if (row[t] == last.score) found->push_back({last.score, static_cast<int32_t>(t)});
+  }
 }
 
 bool Candidates::all(const float* row, std::vector<Candidate>* found) const {
@@ -108,7 +116,9 @@ void Candidates::warp(std::vector<Candidate>* found) const {
   }
   if (options_.top_k > 0) {
     const size_t most = std::max(static_cast<size_t>(options_.top_k), least);
-    if (found->size() > most) found->resize(most);
+    size_t kept = std::min(most, found->size());
+    while (kept < found->size() && (*found)[kept].score == (*found)[kept - 1].score) ++kept;
+    found->resize(kept);
   }
   if (found->empty()) return;
   const auto sum = [&] {

@@ -24,6 +24,7 @@ class Candidates {
   // The most likely `count` of the row, their scores minus *total, the logarithm of the sum of all.
   bool top(const float* row, int64_t count, float* total, std::vector<Candidate>* found);
   bool all(const float* row, std::vector<Candidate>* found) const;
+  void add_ties(const float* row, std::vector<Candidate>* found) const;
   void warp(std::vector<Candidate>* found) const;
   void bias(int32_t token, float log_prob, std::vector<Candidate>* found) const;
 

@@ -39,6 +39,10 @@ Constraints::Constraints(const Options& options, int64_t vocabulary)
     // To forbid the end is not what this option is for.
     if (word.size() > 1 || !contains(options.eos, word[0])) bad_words_.push_back(word);
   }
+  // An end token that the model cannot write ends nothing.
+  for (const int32_t token : options.eos) {
+    if (token < vocabulary) ends_.push_back(token);
+  }
   if (!options.vocabulary.empty()) {
     allowed_.assign(static_cast<size_t>(vocabulary), 0);
     for (const int32_t token : options.vocabulary) allowed_[static_cast<size_t>(token)] = 1;
@@ -77,7 +81,7 @@ void Constraints::edit(const History& h, float* row, float offset) const {
   if (options_.repetition_penalty != 1.0) penalise_repetition(h, row, offset);
   if (options_.no_repeat_ngram > 0) forbid_repeated_ngrams(h, row);
   forbid_bad_words(h, row);
-  if (h.length < least_length(h)) forbid(options_.eos, row);
+  if (h.length < least_length(h)) forbid(ends_, row);
   forbid(options_.suppressed, row);
   if (h.length == begin(h)) forbid(options_.begin_suppressed, row);
 }

@@ -41,7 +41,7 @@ class Constraints {
   const int64_t vocabulary_;
   std::vector<Tokens> bad_words_;
   std::vector<char> allowed_;
-  Tokens forced_bos_, begin_forced_bos_, forced_eos_, begin_forced_eos_;
+  Tokens ends_, forced_bos_, begin_forced_bos_, forced_eos_, begin_forced_eos_;
   bool reads_tokens_;
 };
 

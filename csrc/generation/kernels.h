@@ -126,7 +126,7 @@ struct RecurrentStep {
 
 struct Kernels {
   // The logarithm of the sum of e^row, and the `kept` largest numbers with their places, *found of
-  // them, in falling order. NaN where a number is NaN or +infinity.
+  // them, in falling order. NaN where a number is NaN or +infinity, 0 where all are -infinity.
   float (*scan_row)(const float* row, int64_t size, int64_t kept, float* numbers, int32_t* places,
                     int64_t* found);
   int64_t (*transformer_workspace)(const TransformerStep&);

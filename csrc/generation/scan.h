@@ -45,7 +45,8 @@ inline float scan_row(const float* row, int64_t size, int64_t kept, float* numbe
   for (int64_t i = whole; i < size; ++i) top = row[i] > top ? row[i] : top;
   *found = 0;
   if (top == kInfinity) return std::numeric_limits<float>::quiet_NaN();
-  if (top == -kInfinity) top = 0.0f;  // nothing is possible, unless there is NaN
+  const bool none = top == -kInfinity;  // nothing is possible, unless there is NaN
+  if (none) top = 0.0f;
   Largest largest{numbers, places, kept};
   const Float shift = set1(top);
   Float sum = zero(), least = set1(-kInfinity);
@@ -63,6 +64,7 @@ inline float scan_row(const float* row, int64_t size, int64_t kept, float* numbe
     if (kept > 0) largest.take(row[i], static_cast<int32_t>(i));
   }
   *found = largest.count;
+  if (none && !std::isnan(total)) return 0.0f;
   return top + std::log(total);
 }
 

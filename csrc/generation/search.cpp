@@ -4,6 +4,7 @@
 #include <atomic>
 #include <chrono>
 #include <cmath>
+#include <exception>
 #include <limits>
 #include <random>
 #include <string>
@@ -82,7 +83,7 @@ class Search {
       s.draw = i % draws;
       s.request = &requests[static_cast<size_t>(s.source)];
       s.limit = options.limit(s.prompt());
-      if (options.sample) seed(s, i);
+      if (options.sample) seed(s);
       s.open.push_back({Tree::kRoot, 0.0, static_cast<int32_t>(i)});
       results_[static_cast<size_t>(s.source)].resize(static_cast<size_t>(draws));
       sentences_.push_back(std::move(s));
@@ -94,7 +95,7 @@ class Search {
     attention_.resize(rows * static_cast<size_t>(attention_size_));
     found_.resize(rows);
     for (int i = 0; i < options.threads; ++i) {
-      finders_.push_back({Candidates(options, constraints_, vocabulary_), {}});
+      finders_.push_back({Candidates(options, constraints_, vocabulary_), {}, nullptr});
     }
   }
 
@@ -129,9 +130,10 @@ class Search {
 
  private:
   // A sentence's draws do not depend on what else is in the batch.
-  void seed(Sentence& s, int64_t i) const {
+  void seed(Sentence& s) const {
     std::seed_seq sequence{static_cast<uint32_t>(options_.seed),
-                           static_cast<uint32_t>(options_.seed >> 32), static_cast<uint32_t>(i)};
+                           static_cast<uint32_t>(options_.seed >> 32),
+                           static_cast<uint32_t>(s.request->number), static_cast<uint32_t>(s.draw)};
     s.random.seed(sequence);
   }
 
@@ -166,9 +168,8 @@ class Search {
     const int64_t rows = static_cast<int64_t>(owners_.size());
     const bool reads = constraints_.reads_tokens() || options_.prefix_bias > 0.0;
     std::atomic<bool> good{true};
-    auto body = [&](int rank, int size) {
-      Finder& own = finders_[static_cast<size_t>(rank)];
-      for (int64_t r = rows * rank / size; r < rows * (rank + 1) / size; ++r) {
+    const auto find = [&](Finder& own, int64_t first, int64_t end) {
+      for (int64_t r = first; r < end; ++r) {
         const auto [s, node] = owners_[static_cast<size_t>(r)];
         if (s->length < s->prompt()) continue;
         if (reads) {
@@ -181,7 +182,18 @@ class Search {
         if (!own.candidates.find(h, row, biased, &found_[static_cast<size_t>(r)])) good = false;
       }
     };
+    auto body = [&](int rank, int size) {
+      Finder& own = finders_[static_cast<size_t>(rank)];
+      try {
+        find(own, rows * rank / size, rows * (rank + 1) / size);
+      } catch (...) {  // nothing may leave a team
+        own.error = std::current_exception();
+      }
+    };
     run_team(static_cast<int>(std::min<int64_t>(options_.threads, rows)), body);
+    for (const Finder& own : finders_) {
+      if (own.error) std::rethrow_exception(own.error);
+    }
     if (!good) {
       throw std::runtime_error("the decoder's scores of token " +
                                std::to_string(sentences_[0].length) + " are NaN or infinite");
@@ -306,6 +318,7 @@ class Search {
 
   // What a hypothesis of `written` tokens is ranked by among those that ended.
   double rank(const Sentence& s, int32_t node, double log_prob, int64_t written) {
+    if (node == Tree::kRoot) return log_prob;
     double score = log_prob / length_factor(written);
     if (options_.coverage_penalty > 0.0 && attention_size_) {
       score += options_.coverage_penalty * tree_.coverage(node, decoder_.source_length(s.source));
@@ -359,7 +372,7 @@ class Search {
       tree_.append(s.ended[0].node, &written);
       emit(s, written);
     }
-    observer_.finished(s.source);
+    if (s.draw == 0) observer_.finished(s.source);
   }
 
   Hypothesis hypothesis(const Sentence& s, const Ended& ended) const {
@@ -386,6 +399,7 @@ class Search {
     };
     for (const Open& o : s.open) take(o.node);
     for (const Ended& e : s.ended) take(e.node);
+    for (const Ended& e : s.stuck) take(e.node);
     emit(s, common);
   }
 
@@ -409,6 +423,7 @@ class Search {
   struct Finder {
     Candidates candidates;
     Tokens tokens;
+    std::exception_ptr error;
   };
 
   Decoder& decoder_;

@@ -14,8 +14,9 @@
 namespace encdec::generation {
 
 struct Request {
-  Tokens prompt;  // the start token and a forced prefix
-  Tokens prefix;  // a soft prefix, for Options::prefix_bias
+  Tokens prompt;       // the start token and a forced prefix
+  Tokens prefix;       // a soft prefix, for Options::prefix_bias
+  int64_t number = 0;  // by which its draws differ from those of others
 };
 
 struct Hypothesis {

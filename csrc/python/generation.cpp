@@ -250,14 +250,16 @@ Options options_of(const py::dict& d) {
 // Hypotheses as (tokens, score, log probabilities, attention as bytes).
 using Found = std::vector<std::vector<std::tuple<Tokens, float, std::vector<float>, py::bytes>>>;
 
-Found run_search(Decoder& decoder, const std::vector<std::pair<Tokens, Tokens>>& requests,
+Found run_search(Decoder& decoder, const std::vector<std::tuple<Tokens, Tokens, int64_t>>& requests,
                  Options options, uint64_t seed, bool need_attention, int threads,
                  py::object finished, py::object written, py::object timing) {
   options.seed = seed;
   options.need_attention = need_attention;
   options.threads = std::max(1, threads);
   std::vector<Request> asked;
-  for (const auto& [prompt, prefix] : requests) asked.push_back({prompt, prefix});
+  for (const auto& [prompt, prefix, number] : requests) {
+    asked.push_back({prompt, prefix, number});
+  }
   std::vector<std::vector<Hypothesis>> found;
   Timing times;
   {

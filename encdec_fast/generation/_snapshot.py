@@ -27,6 +27,8 @@ class Snapshot:
         self._views = [d.values() for d in dicts]  # they follow their dicts
         self._saved = tuple(chain.from_iterable(self._views))
         self._sizes = list(map(len, self._views))
+        self._tensors = [*root.parameters(), *root.buffers()]
+        self._addresses = [tensor.data_ptr() for tensor in self._tensors]
         self._global_hook = torch_module._has_any_global_hook()
 
     def fresh(self) -> bool:
@@ -35,4 +37,6 @@ class Snapshot:
             torch_module._has_any_global_hook() == self._global_hook
             and list(map(len, self._views)) == self._sizes
             and all(map(operator.is_, chain.from_iterable(self._views), self._saved))
+            # `p.data = other` moves a parameter that a description may hold a part of.
+            and [tensor.data_ptr() for tensor in self._tensors] == self._addresses
         )

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
+_MOST = 2**31 - 1
+
 
 def _is_token(token: Any) -> bool:
-    return isinstance(token, int) and not isinstance(token, bool) and token >= 0
+    return isinstance(token, int) and not isinstance(token, bool) and 0 <= token <= _MOST
 
 
 def _tokens(name: str, value: int | Sequence[int] | None) -> tuple[int, ...]:
@@ -27,8 +30,8 @@ class GenerationConfig:
 
     Lengths, in tokens of the target:
         max_length, min_length: with the start token and a prefix. max_new_tokens, min_new_tokens:
-            without them; max_new_tokens is used where both are given. Without either a target has
-            at most 20 tokens, as in transformers.
+            without them, and used where both are given. Without either a target has at most 20
+            tokens, as in transformers.
         max_time: seconds; hypotheses that are open then end as they are.
 
     The search:
@@ -108,10 +111,14 @@ class GenerationConfig:
                 continue
             if not isinstance(value, int) or isinstance(value, bool) or value < least:
                 raise ValueError(f"{name} must be an integer of at least {least}, not {value!r}")
+            if value > _MOST:
+                raise ValueError(f"{name} must be at most {_MOST}, but it is {value}")
         positive = ("temperature", "top_p", "repetition_penalty")
         for name in positive:
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} must be above 0, but it is {getattr(self, name)!r}")
+        if math.isnan(self.length_penalty):
+            raise ValueError("length_penalty must be a number, but it is NaN")
         if self.top_p > 1:
             raise ValueError(f"top_p must be at most 1, but it is {self.top_p!r}")
         if self.max_time is not None and not self.max_time > 0:
@@ -160,8 +167,10 @@ class GenerationConfig:
             if value is not None and not _is_token(value):
                 raise ValueError(f"{name} must be a token id, but it is {value!r}")
         for word in self.bad_words_ids or ():
-            if not word:
-                raise ValueError("bad_words_ids has an empty word")
+            if isinstance(word, int) or not word:
+                raise ValueError(
+                    f"bad_words_ids must be lists of tokens, none of them empty, but has {word!r}"
+                )
             _tokens("bad_words_ids", word)
         _tokens("eos_token_id", self.eos_token_id)
         bos = _tokens("forced_bos_token_id", self.forced_bos_token_id)
@@ -203,6 +212,10 @@ class GenerationConfig:
         if self.max_length is not None:
             return self.max_length
         return prompt + 20
+
+    def __getstate__(self) -> dict[str, Any]:
+        """The options alone: what the engine made of them is made anew."""
+        return {name: value for name, value in vars(self).items() if not name.startswith("_")}
 
     def replace(self, **changes: Any) -> GenerationConfig:
         """A copy with some options changed. TypeError for a name that is none."""

@@ -6,8 +6,8 @@ A description holds the model's own tensors. `compiled` packs them for the engin
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass, field, is_dataclass
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -85,6 +85,10 @@ class RecurrentDecoder:
     @property
     def hidden_size(self) -> int:
         return self.layers[0].hidden.weight.shape[1]
+
+    @property
+    def attends(self) -> bool:
+        return self.attention is not None
 
     @property
     def max_target_length(self) -> int | None:
@@ -187,6 +191,10 @@ class TransformerDecoder:
     @property
     def head_size(self) -> int:
         return self.layers[0].self_query.weight.shape[0] // self.heads
+
+    @property
+    def attends(self) -> bool:
+        return True
 
     @property
     def max_target_length(self) -> int | None:
@@ -298,15 +306,31 @@ class Packing:
         return NORMS[norm.kind], self.vector(norm.weight), self.vector(norm.bias), norm.eps
 
 
-def tensors_of(description: Any) -> list[Tensor]:
-    """All tensors of a description, in the order of its fields."""
-    found: list[Tensor] = []
-    for part in vars(description).values():
-        if isinstance(part, Tensor):
-            found.append(part)
-        elif isinstance(part, (list, tuple)):
-            for item in part:
-                found += tensors_of(item)
-        elif isinstance(part, (Affine, Norm)):
-            found += tensors_of(part)
+class Parts(NamedTuple):
+    """What a description consists of, in the order of its fields: tensors, and all else."""
+
+    tensors: list[Tensor]
+    settings: list[Any]
+
+
+def parts_of(description: Any) -> Parts:
+    """Found once for a description, which does not change."""
+    found: Parts | None = vars(description).get("_parts")
+    if found is None:
+        found = Parts([], [])
+        _collect(description, found)
+        object.__setattr__(description, "_parts", found)
     return found
+
+
+def _collect(part: Any, found: Parts) -> None:
+    if isinstance(part, Tensor):
+        found.tensors.append(part)
+    elif isinstance(part, (list, tuple)):
+        for item in part:
+            _collect(item, found)
+    elif is_dataclass(part):
+        for item in list(vars(part).values()):
+            _collect(item, found)
+    else:
+        found.settings.append(part)

@@ -56,6 +56,7 @@ def affine(linear: Any) -> Affine:
     """Of a Linear. NotDescribed for any other module."""
     if type(linear) not in _LINEAR:
         raise NotDescribed(f"{type(linear).__name__} stands where a Linear is expected")
+    check_plain(linear, *_LINEAR)
     return Affine.of(linear)
 
 

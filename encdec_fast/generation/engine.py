@@ -6,6 +6,7 @@ version counters and the sampled values that it was made from.
 
 from __future__ import annotations
 
+import os
 import threading
 import weakref
 from collections.abc import Callable, Sequence
@@ -16,10 +17,18 @@ from torch import Tensor
 
 from encdec_fast.backends import library
 from encdec_fast.generation.config import GenerationConfig
-from encdec_fast.generation.decoders import Decoder, Packing, RecurrentDecoder, tensors_of
+from encdec_fast.generation.decoders import Decoder, Packing, RecurrentDecoder, parts_of
 from encdec_fast.generation.result import Hypothesis
 
 Stream = Callable[[int, list[int]], None]
+
+
+class Request(NamedTuple):
+    """What is asked for a sentence. number: by which its draws differ from the others'."""
+
+    prompt: list[int]
+    prefix: list[int]
+    number: int
 
 
 class Encoded(NamedTuple):
@@ -47,20 +56,35 @@ class _Packed:
         self.alive = packing.alive
         self.idle: list[Any] = []
 
-    def fresh(self, traces: list[tuple[int, int]]) -> bool:
+    def fresh(self, traces: list[Any]) -> bool:
         return traces == self.traces and bool(self.model.fresh())
 
 
-def _traces(decoder: Decoder) -> list[tuple[int, int]]:
-    """The address and the version counter of each tensor; inference tensors have no counter."""
-    return [
+def _traces(decoder: Decoder) -> list[Any]:
+    """The address and the version counter of each tensor, and all settings.
+
+    Inference tensors have no counter.
+    """
+    parts = parts_of(decoder)
+    traces: list[Any] = [
         (tensor.data_ptr(), -1 if tensor.is_inference() else tensor._version)
-        for tensor in tensors_of(decoder)
+        for tensor in parts.tensors
     ]
+    return traces + parts.settings
 
 
 _packed: weakref.WeakKeyDictionary[Any, dict[str, _Packed]] = weakref.WeakKeyDictionary()
 _lock = threading.RLock()
+
+
+def _after_fork() -> None:
+    """Another thread may have held the lock when the process forked; nobody in the child does."""
+    global _lock
+    _lock = threading.RLock()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork)
 
 
 def packed_bytes(owner: Any) -> dict[str, int]:
@@ -129,7 +153,9 @@ def _as_dict(config: GenerationConfig) -> dict[str, Any]:
     }
 
 
-def check_vocabulary(config: GenerationConfig, requests: Sequence[Any], vocabulary: int) -> None:
+def check_vocabulary(
+    config: GenerationConfig, requests: Sequence[Request], vocabulary: int
+) -> None:
     """ValueError for a token of the config, IndexError for one of a prompt that there is not."""
     if config.__dict__.get("_checked_vocabulary") != vocabulary:
         options = _as_dict(config)
@@ -143,7 +169,9 @@ def check_vocabulary(config: GenerationConfig, requests: Sequence[Any], vocabula
                     f"{vocabulary - 1}"
                 )
         object.__setattr__(config, "_checked_vocabulary", vocabulary)
-    for _, prefix in requests:
+    for prompt, prefix, _ in requests:
+        if min(prompt) < 0:
+            raise IndexError(f"generate: a prompt has token {min(prompt)}, but none is negative")
         for token in prefix:
             if not 0 <= token < vocabulary:
                 raise IndexError(
@@ -152,11 +180,54 @@ def check_vocabulary(config: GenerationConfig, requests: Sequence[Any], vocabula
                 )
 
 
+def _check_encoded(decoder: Decoder, encoded: Encoded, B: int) -> None:
+    """RuntimeError where an encoder left something that the decoder would read past its end."""
+
+    def check(name: str, tensor: Tensor | None, shape: tuple[int, ...]) -> None:
+        if tensor is None or tuple(tensor.shape) != shape:
+            found = None if tensor is None else tuple(tensor.shape)
+            raise RuntimeError(f"generate: {name} must be of the shape {shape}, but it is {found}")
+
+    memory = encoded.memory
+    S = memory.shape[1] if memory is not None and memory.dim() == 3 else 0
+    if isinstance(decoder, RecurrentDecoder):
+        states = encoded.states if isinstance(encoded.states, tuple) else (encoded.states,)
+        shape = (len(decoder.layers), B, decoder.hidden_size)
+        parts = 2 if decoder.layers[0].cell == "lstm" else 1
+        if len(states) != parts:
+            raise RuntimeError(f"generate: states must be {parts} tensors, but are {len(states)}")
+        for state in states:
+            check("a state", state, shape)
+        if encoded.context is not None:
+            check("context", encoded.context, (B, decoder.context_size))
+        if decoder.attends:
+            check("memory", memory, (B, S, decoder.context_size))
+    else:
+        check("memory", memory, (B, S, decoder.layers[0].cross_key.weight.shape[1]))
+    lengths = encoded.lengths
+    if decoder.attends and (len(lengths) != B or not all(0 <= n <= S for n in lengths)):
+        raise RuntimeError(f"generate: lengths must be {B} integers from 0 to {S}, not {lengths}")
+
+
+_MOST_ROWS = 2**31 - 1
+
+
+def count_rows(sentences: int, config: GenerationConfig) -> int:
+    """Hypotheses that may be open at a time. MemoryError for more than can be numbered."""
+    rows = sentences * (config.num_return_sequences if config.draws else config.num_beams)
+    if rows * 2 * config.num_beams > _MOST_ROWS:
+        raise MemoryError(
+            f"generate: {sentences} sentences with num_beams={config.num_beams} and "
+            f"num_return_sequences={config.num_return_sequences} are too many to search at once"
+        )
+    return rows
+
+
 def run(
     owner: Any,
     decoder: Decoder,
     encoded: Encoded,
-    requests: Sequence[tuple[Sequence[int], Sequence[int]]],
+    requests: Sequence[Request],
     config: GenerationConfig,
     *,
     weight_dtype: str,
@@ -166,15 +237,16 @@ def run(
     written: Stream | None = None,
     timing: dict[str, Any] | None = None,
 ) -> list[list[Hypothesis]]:
-    """Search for the targets of a batch. requests: (prompt, soft prefix) of each sentence."""
+    """Search for the targets of a batch."""
     assert library.extension is not None
     packed = _packed_for(owner, decoder, weight_dtype)
     threads = torch.get_num_threads()
-    rows = len(requests) * (config.num_return_sequences if config.draws else config.num_beams)
+    rows = count_rows(len(requests), config)
     try:
         session = packed.idle.pop()
     except IndexError:
         session = decoder.start(packed.model)
+    _check_encoded(decoder, encoded, len(requests))
     memory = None if encoded.memory is None else encoded.memory.detach().float().contiguous()
     S = 0 if memory is None else memory.shape[1]
     address = 0 if memory is None else memory.data_ptr()
@@ -187,7 +259,7 @@ def run(
         cells = c[0].data_ptr() if c else 0
         session.begin(B, S, h.data_ptr(), cells, first, address, lengths, rows, threads)
     else:
-        limit = max(config.limit(len(prompt)) for prompt, _ in requests)
+        limit = max(config.limit(len(request.prompt)) for request in requests)
         session.begin(address, B, S, lengths, rows, limit, threads)
     options = options_of(config)
     found = library.extension.search(
@@ -210,5 +282,6 @@ def hypothesis(found: tuple[list[int], float, list[float], bytes], S: int) -> Hy
     tokens, score, log_probs, attention = found
     shown = None
     if attention:
-        shown = torch.frombuffer(bytearray(attention), dtype=torch.float32).view(-1, S)
+        with torch.inference_mode(False):  # an ordinary tensor, wherever this is called
+            shown = torch.frombuffer(bytearray(attention), dtype=torch.float32).view(-1, S)
     return Hypothesis(tokens, score, log_probs, shown)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import os
+import threading
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -14,11 +16,12 @@ from torch import Tensor, nn
 
 from encdec_fast.backends import Backend, Description, explained_by, library, select
 from encdec_fast.generation import engine, reference, step
+from encdec_fast.generation._inputs import batches_of, check_lengths, requests_of, sources_of
 from encdec_fast.generation._snapshot import Snapshot
 from encdec_fast.generation.config import GenerationConfig
 from encdec_fast.generation.decoders import Decoder
 from encdec_fast.generation.describe import NotDescribed
-from encdec_fast.generation.engine import Encoded, Stream
+from encdec_fast.generation.engine import Encoded, Request, Stream
 from encdec_fast.generation.result import Hypothesis
 
 WEIGHT_DTYPES: dict[Any, str] = {
@@ -98,7 +101,7 @@ class _Batch(NamedTuple):
     model: Any
     decoder: Decoder | None
     encoded: Encoded
-    requests: list[tuple[list[int], list[int]]]
+    requests: list[Request]
     config: GenerationConfig
     seed: int
     weight_dtype: str
@@ -130,11 +133,12 @@ def _run_step(batch: _Batch) -> list[list[Hypothesis]]:
     return step.search(
         take,
         state,
-        [prompt for prompt, _ in batch.requests],
+        [request.prompt for request in batch.requests],
         batch.config,
-        prefixes=[prefix for _, prefix in batch.requests],
+        prefixes=[request.prefix for request in batch.requests],
         source_lengths=list(batch.encoded.lengths),
         seed=batch.seed,
+        numbers=[request.number for request in batch.requests],
         need_attention=batch.need_attention,
         stream=batch.written,
         timing=batch.timing,
@@ -145,12 +149,12 @@ def _run_reference(batch: _Batch) -> list[list[Hypothesis]]:
     if batch.written is not None:
         raise RuntimeError("generate: the reference does not stream")
     take, state = batch.model.generation_step(batch.encoded)
-    prefixes = [prefix for _, prefix in batch.requests]
+    prefixes = [request.prefix for request in batch.requests]
     with torch.no_grad():
         return reference.search(
             take,
             state,
-            [prompt for prompt, _ in batch.requests],
+            [request.prompt for request in batch.requests],
             batch.config,
             prefixes=prefixes if batch.config.prefix_bias is not None else None,
             source_lengths=list(batch.encoded.lengths),
@@ -216,110 +220,6 @@ def _own_weight_dtype(model: Any) -> str:
     return WEIGHT_DTYPES.get(held, "float32")
 
 
-class _Sources(NamedTuple):
-    """Sentences, padded: tokens int64 (B, S), lengths int64 (B)."""
-
-    tokens: Tensor
-    lengths: Tensor
-
-
-def _sources(source: Any, source_lengths: Any, padding: int) -> _Sources:
-    if isinstance(source, Tensor):
-        if source.dim() != 2 or source.dtype != torch.int64:
-            raise RuntimeError(
-                "generate: source must be int64 of the shape (B, S), or a list of lists, but it is "
-                f"{source.dtype} of the shape {tuple(source.shape)}"
-            )
-        if source_lengths is None:
-            lengths = (source != padding).sum(1).cpu()
-        else:
-            lengths = torch.as_tensor(source_lengths, dtype=torch.int64).cpu()
-        tokens = source
-    else:
-        if source_lengths is not None:
-            raise RuntimeError("generate: source_lengths are those of a tensor; a list has its own")
-        rows = [torch.as_tensor(row, dtype=torch.int64) for row in source]
-        lengths = torch.tensor([row.numel() for row in rows], dtype=torch.int64)
-        if not rows:
-            return _Sources(torch.empty(0, 0, dtype=torch.int64), lengths)
-        tokens = torch.nn.utils.rnn.pad_sequence(
-            rows, batch_first=True, padding_value=float(padding)
-        )
-    B, S = tokens.shape
-    if lengths.shape != (B,):
-        raise RuntimeError(
-            f"generate: source_lengths must be {B} integers, one for each sentence, but they are "
-            f"of the shape {tuple(lengths.shape)}"
-        )
-    if B and (int(lengths.min()) < 1 or int(lengths.max()) > S):
-        raise RuntimeError(
-            f"generate: each sentence must have from 1 to {S} tokens, but the lengths are "
-            f"{lengths.tolist()}"
-        )
-    return _Sources(tokens, lengths)
-
-
-def _batches(lengths: list[int], most: int | None) -> Iterator[list[int]]:
-    """Sentences that are decoded together: of similar lengths, the longest first."""
-    order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
-    while order:
-        width = lengths[order[0]]
-        count = len(order) if most is None else max(1, most // max(1, width))
-        yield order[:count]
-        order = order[count:]
-
-
-def _requests(
-    prefixes: Sequence[Sequence[int]] | None, count: int, config: GenerationConfig
-) -> list[tuple[list[int], list[int]]]:
-    start = config.decoder_start_token_id
-    if start is None:
-        raise ValueError("generate: the config needs a decoder_start_token_id")
-    if prefixes is None:
-        return [([start], []) for _ in range(count)]
-    given = [torch.as_tensor(row, dtype=torch.int64).tolist() for row in prefixes]
-    if len(given) != count:
-        raise RuntimeError(f"generate: there are {count} sentences, but {len(given)} prefixes")
-    if config.prefix_bias is not None:
-        return [([start], row) for row in given]
-    return [([start, *row], []) for row in given]
-
-
-def _check_lengths(
-    decoder: Decoder | None,
-    sources: _Sources,
-    requests: list[tuple[list[int], list[int]]],
-    config: GenerationConfig,
-) -> None:
-    for prompt, _ in requests:
-        if config.limit(len(prompt)) <= len(prompt):
-            raise ValueError(
-                f"generate: a prefix of {len(prompt)} tokens with the start token leaves none to "
-                f"write, max_length is {config.max_length}"
-            )
-    if decoder is None or not requests:
-        return
-    limit = max(config.limit(len(prompt)) for prompt, _ in requests)
-    most = decoder.max_target_length
-    # The last token is written, but not read.
-    if most is not None and limit - 1 > most:
-        raise ValueError(
-            f"generate: targets may have {limit} tokens, but the decoder has {most} positions: "
-            "set max_length or max_new_tokens"
-        )
-    most = decoder.max_source_length
-    if most is not None and sources.tokens.shape[1] > most:
-        raise RuntimeError(
-            f"generate: a source has {sources.tokens.shape[1]} tokens, but the attention has "
-            f"{most} positions"
-        )
-    engine.check_vocabulary(config, requests, decoder.output.weight.shape[0])
-    rows = decoder.embedding.shape[0]
-    for prompt, _ in requests:
-        if not all(0 <= token < rows for token in prompt):
-            raise IndexError(f"generate: a prompt has a token outside of the embedding's {rows}")
-
-
 def _weight_dtype(described: _Described, weight_dtype: Any) -> str:
     if weight_dtype is None:
         return described.weight_dtype
@@ -331,18 +231,61 @@ def _weight_dtype(described: _Described, weight_dtype: Any) -> str:
     return WEIGHT_DTYPES[weight_dtype]
 
 
+def _check_wishes(
+    described: _Described, config: GenerationConfig, need_attention: bool, stream: Stream | None
+) -> None:
+    decoder = described.decoder
+    wanted = need_attention or config.coverage_penalty > 0
+    if wanted and decoder is not None and not decoder.attends:
+        raise ValueError(
+            f"generate: need_attention and coverage_penalty need a decoder that attends, and that "
+            f"of {described.call.model} does not"
+        )
+    if stream is not None and config.draws and config.num_return_sequences > 1:
+        raise ValueError("generate: stream is for one sequence of each sentence")
+
+
+class _Training:
+    """The parts of a model that were in training mode, and how many calls wait for their end."""
+
+    def __init__(self, modules: list[nn.Module]) -> None:
+        self.modules, self.users = [module for module in modules if module.training], 0
+
+
+_training: weakref.WeakKeyDictionary[Any, _Training] = weakref.WeakKeyDictionary()
+_training_lock = threading.Lock()
+
+
+def _after_fork() -> None:
+    global _training_lock
+    _training_lock = threading.Lock()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork)
+
+
 @contextlib.contextmanager
 def _evaluating(model: Any, described: _Described) -> Iterator[None]:
-    """Without dropout, and as before afterwards."""
+    """Without dropout; the last of several threads that use a model puts it back as it was."""
     modules = [] if described.snapshot is None else [model, *described.snapshot.parts]
-    training = [module for module in modules if module.training]
-    for module in training:
-        module.training = False
+    if not any(module.training for module in modules) and model not in _training:
+        yield
+        return
+    with _training_lock:
+        state = _training.setdefault(model, _Training(modules))
+        state.users += 1
+        for module in state.modules:
+            module.training = False
     try:
         yield
     finally:
-        for module in training:
-            module.training = True
+        with _training_lock:
+            state.users -= 1
+            if state.users == 0:
+                _training.pop(model, None)
+                for module in state.modules:
+                    module.training = True
 
 
 @contextlib.contextmanager
@@ -415,11 +358,14 @@ def generate(
         config = config.replace(**options)
     described = _described(model)
     decoder, backend = described.decoder, select(BACKENDS, described.call)
-    sources = _sources(source, source_lengths, model.source_padding)
+    sources = sources_of(source, source_lengths, model.source_padding)
     lengths = sources.lengths.tolist()
-    requests = _requests(prefixes, len(lengths), config)
-    _check_lengths(decoder, sources, requests, config)
+    requests = requests_of(prefixes, len(lengths), config)
+    check_lengths(decoder, sources, requests, config)
+    _check_wishes(described, config, need_attention, stream)
     held = _weight_dtype(described, weight_dtype)
+    if timing is not None:
+        timing.clear()
     seed = 0
     if config.do_sample:
         seed = config.seed if config.seed is not None else int(torch.randint(2**63 - 1, ()))
@@ -429,7 +375,7 @@ def generate(
         torch.inference_mode(),
         _progress(len(lengths), progress) as advance,
     ):
-        for number, batch in enumerate(_batches(lengths, config.max_batch_tokens)):
+        for batch in batches_of(lengths, config.max_batch_tokens):
             whole = len(batch) == len(lengths) and batch == list(range(len(lengths)))
             own = sources.lengths if whole else sources.lengths[batch]
             tokens = sources.tokens if whole else sources.tokens[batch]
@@ -441,6 +387,7 @@ def generate(
                 assert stream is not None
                 stream(order[sentence], tokens)
 
+            own_timing: dict[str, Any] = {}
             results = backend.run(
                 _Batch(
                     model,
@@ -448,14 +395,17 @@ def generate(
                     encoded,
                     [requests[i] for i in batch],
                     config,
-                    (seed + number) % 2**64,
+                    seed % 2**64,
                     held,
                     need_attention,
                     advance,
                     None if stream is None else written,
-                    timing,
+                    own_timing,
                 )
             )
+            if timing is not None:
+                for name, value in own_timing.items():
+                    timing[name] = timing.get(name, 0) + value
             for i, result in zip(batch, results, strict=True):
                 found[i] = result
     return GenerationOutput(found, config.fill_token)

@@ -12,7 +12,14 @@ from torch.utils import _pytree as pytree
 
 from encdec_fast.backends import library
 from encdec_fast.generation.config import GenerationConfig
-from encdec_fast.generation.engine import Stream, check_vocabulary, hypothesis, options_of
+from encdec_fast.generation.engine import (
+    Request,
+    Stream,
+    check_vocabulary,
+    count_rows,
+    hypothesis,
+    options_of,
+)
 from encdec_fast.generation.result import Hypothesis
 
 Step = Callable[[Tensor, Any], tuple[Any, ...]]
@@ -33,6 +40,7 @@ def search(
     source_lengths: Sequence[int] | None = None,
     prefixes: Sequence[Sequence[int]] | None = None,
     seed: int | None = None,
+    numbers: Sequence[int] | None = None,
     need_attention: bool = False,
     stream: Stream | None = None,
     timing: dict[str, Any] | None = None,
@@ -47,7 +55,8 @@ def search(
     prompts: for each sentence the start token and a forced prefix. prefixes: soft prefixes, for
         config.prefix_bias. source_lengths: of the sentences, for the coverage
         penalty, which leaves out what lies behind; None: S.
-    stream: called with (sentence, tokens) when these are certain to follow.
+    numbers: by which the draws of sentences differ; None: their places. stream: called with
+        (sentence, tokens) when these are certain to follow.
 
     Returns for each sentence its hypotheses, the best first. RuntimeError for logits of another
     shape, and where one is NaN; ValueError and IndexError for tokens that there are not.
@@ -55,17 +64,27 @@ def search(
     if library.extension is None:
         raise RuntimeError("generation.search needs the compiled module encdec_fast._C")
     soft = prefixes if prefixes is not None else [[] for _ in prompts]
-    requests = [(list(p), list(s)) for p, s in zip(prompts, soft, strict=True)]
+    pairs = zip(prompts, soft, strict=True)
+    places = range(len(prompts)) if numbers is None else numbers
+    requests = [Request(list(p), list(s), i) for (p, s), i in zip(pairs, places, strict=True)]
     if not all(prompts):
         raise ValueError("search: each prompt must have a token at least, the start token")
     if not prompts:
         return []
+    count_rows(len(prompts), config)
     wants_attention = need_attention or config.coverage_penalty > 0
     # The first step tells how large the vocabulary is.
     steps = _Steps(step, state, [prompt[0] for prompt in prompts], wants_attention)
     check_vocabulary(config, requests, steps.vocabulary)
     S = steps.source_length
     lengths = [S] * len(prompts) if source_lengths is None else list(source_lengths)
+    # Without attention nobody reads them, and S is not known.
+    bad = wants_attention and any(not 0 <= length <= S for length in lengths)
+    if len(lengths) != len(prompts) or bad:
+        raise ValueError(
+            f"search: source_lengths must be {len(prompts)} integers from 0 to {S}, the size of "
+            f"the attention, but they are {lengths}"
+        )
     decoder = library.extension.PythonDecoder(steps.take, steps.vocabulary, S, lengths)
     drawn = config.seed if config.seed is not None else int(torch.randint(2**63 - 1, ()))
     found = library.extension.search(
@@ -104,10 +123,16 @@ class _Steps:
             )
         if not self.wants_attention:
             return scores, state
-        if not rest or rest[0] is None or rest[0].shape[:1] != scores.shape[:1]:
+        if not rest or rest[0] is None:
             raise ValueError(
                 "search: need_attention and coverage_penalty need a step that returns attention "
                 "(rows, S) too"
+            )
+        expected = (len(tokens), getattr(self, "source_length", rest[0].shape[-1]))
+        if tuple(rest[0].shape) != expected:
+            raise RuntimeError(
+                f"search: step must return attention of the shape {expected}, "
+                f"but it is {tuple(rest[0].shape)}"
             )
         return scores, state, rest[0]
 
