@@ -383,3 +383,19 @@ def test_committed_checkpoints(name: str) -> None:
     some = sorted(test)[::25]  # more than 200 words that it has not seen
     known = {word: test[word] for word in some}
     assert pronounce.error_rates(pronounce.pronounce(model, some), known).words < 0.35
+
+
+@needs_data
+@pytest.mark.parametrize("beams", [1, 4])
+@pytest.mark.parametrize("weight_dtype", [torch.bfloat16, "int8"])
+def test_coarser_weights_of_the_recurrent_model(weight_dtype: Any, beams: int) -> None:
+    """Unseen words: nearly all phonemes stay, and about as many words are right."""
+    model, _ = checkpoint.load_model(HERE / "recurrent.safetensors")
+    words = dict(sorted(data.load_split(0).test.items())[::6])
+    exact = pronounce.pronounce(model, list(words), beams)
+    found = pronounce.pronounce(model, list(words), beams, weight_dtype)
+    changed = sum(pronounce.distance(found[word], exact[word]) for word in words)
+    assert changed <= 0.03 * sum(len(sounds) for sounds in exact.values())
+    rates = [pronounce.error_rates(one, words).words for one in (exact, found)]
+    assert abs(rates[0] - rates[1]) <= 0.005
+    assert rates[0] < 0.35
