@@ -94,11 +94,14 @@ def test_other_ways_to_call() -> None:
         ((tokens,), {"use_cache": False, "num_beams": 2, "max_new_tokens": 4}),
         ((tokens,), {"eos_token_id": None, "num_beams": 2, "max_new_tokens": 4}),
         ((tokens,), {"max_time": 100.0, "max_new_tokens": 4}),
+        ((tokens,), {"custom_generate": None, "streamer": None, "logits_processor": []}),
     ]
     for args, given in calls:
         expected = tiny.model.generate(*args, **copy.deepcopy(given))
         with no_decoder(model):
             assert torch.equal(model.generate(*args, **copy.deepcopy(given)), expected), given
+            with torch.inference_mode():
+                assert torch.equal(model.generate(*args, **copy.deepcopy(given)), expected)
 
 
 def test_max_time() -> None:

@@ -233,12 +233,15 @@ def test_rounded_weights(dtype: Any, least: float) -> None:
 
 
 @ALL_MODELS
-def test_bfloat16_models(model: str) -> None:
+@pytest.mark.parametrize(
+    ("dtype", "held"), [(torch.bfloat16, "bfloat16"), (torch.float16, "float32")]
+)
+def test_models_of_few_bits(model: str, dtype: torch.dtype, held: str) -> None:
     """A model whose parameters are bfloat16 runs with weights as they are."""
     tiny = models.build(model)
-    one = integration.optimize(fresh(model).bfloat16())
-    inputs = {k: t.bfloat16() if t.is_floating_point() else t for k, t in tiny.inputs.items()}
-    assert "bfloat16" in encdec_fast.explain(one.generate, **inputs).plan
+    one = integration.optimize(fresh(model).to(dtype))
+    inputs = {k: t.to(dtype) if t.is_floating_point() else t for k, t in tiny.inputs.items()}
+    assert held in encdec_fast.explain(one.generate, **inputs).plan
     with no_decoder(one):
         found = one.generate(**inputs, max_new_tokens=3, min_new_tokens=3)
     expected = tiny.model.generate(**tiny.inputs, max_new_tokens=3, min_new_tokens=3)

@@ -14,10 +14,11 @@ from encdec_fast.generation.engine import Request, check_vocabulary
 
 
 class Sources(NamedTuple):
-    """Sentences, padded: tokens int64 (B, S), lengths int64 (B)."""
+    """Sentences, padded: tokens int64 (B, S), lengths int64 (B), and these as a list."""
 
     tokens: Tensor
     lengths: Tensor
+    sizes: list[int]
 
 
 def sources_of(source: Any, source_lengths: Any, padding: int) -> Sources:
@@ -38,7 +39,7 @@ def sources_of(source: Any, source_lengths: Any, padding: int) -> Sources:
         rows = [torch.as_tensor(row, dtype=torch.int64) for row in source]
         lengths = torch.tensor([row.numel() for row in rows], dtype=torch.int64)
         if not rows:
-            return Sources(torch.empty(0, 0, dtype=torch.int64), lengths)
+            return Sources(torch.empty(0, 0, dtype=torch.int64), lengths, [])
         tokens = torch.nn.utils.rnn.pad_sequence(
             rows, batch_first=True, padding_value=float(padding)
         )
@@ -48,12 +49,12 @@ def sources_of(source: Any, source_lengths: Any, padding: int) -> Sources:
             f"generate: source_lengths must be {B} integers, one for each sentence, but they are "
             f"of the shape {tuple(lengths.shape)}"
         )
-    if B and (int(lengths.min()) < 1 or int(lengths.max()) > S):
+    sizes: list[int] = lengths.tolist()
+    if B and (min(sizes) < 1 or max(sizes) > S):
         raise RuntimeError(
-            f"generate: each sentence must have from 1 to {S} tokens, but the lengths are "
-            f"{lengths.tolist()}"
+            f"generate: each sentence must have from 1 to {S} tokens, but the lengths are {sizes}"
         )
-    return Sources(tokens, lengths)
+    return Sources(tokens, lengths, sizes)
 
 
 def batches_of(lengths: list[int], most: int | None) -> Iterator[list[int]]:

@@ -359,7 +359,7 @@ def generate(
     described = _described(model)
     decoder, backend = described.decoder, select(BACKENDS, described.call)
     sources = sources_of(source, source_lengths, model.source_padding)
-    lengths = sources.lengths.tolist()
+    lengths = sources.sizes
     requests = requests_of(prefixes, len(lengths), config)
     check_lengths(decoder, sources, requests, config)
     _check_wishes(described, config, need_attention, stream)
@@ -379,8 +379,10 @@ def generate(
             whole = len(batch) == len(lengths) and batch == list(range(len(lengths)))
             own = sources.lengths if whole else sources.lengths[batch]
             tokens = sources.tokens if whole else sources.tokens[batch]
-            longest = int(own.max())
-            encoded = model.generation_encode(tokens[:, :longest], own)
+            longest = max(lengths[i] for i in batch)
+            if longest < tokens.shape[1]:
+                tokens = tokens[:, :longest]
+            encoded = model.generation_encode(tokens, own)
             order = batch
 
             def written(sentence: int, tokens: list[int], order: list[int] = order) -> None:

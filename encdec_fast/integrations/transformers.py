@@ -189,8 +189,8 @@ class Generate:
             _judge(self, tuple(reasons), type(self.model).__name__, explaining)
             raise _Refused(tuple(reasons))
         streamer = given.pop("streamer", None)
-        search = _Search(self, decoder, streamer, explaining)
-        return method(self.model, custom_generate=search, **given)
+        given["custom_generate"] = _Search(self, decoder, streamer, explaining)
+        return method(self.model, **given)
 
 
 def _by_name(method: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
@@ -299,9 +299,10 @@ def optimize(model: _M, weight_dtype: torch.dtype | str | None = None) -> _M:
     changes weight_dtype. Copies and pickles of the model are optimized models too.
 
     What the engine does not do, such as stopping criteria of your own, scores of each step,
-    timestamps, a model on a GPU or in training mode, runs as before, with the reason in the log of
-    this module: as a warning the first time, then as information. `encdec_fast.explain` tells it
-    beforehand. In bfloat16 and float16 models the engine's sums are float32, transformers' are not.
+    timestamps, a model on a GPU or in training mode, runs on transformers' own decoding (behind an
+    encoder that keeps its weight_dtype), with the reason in the log of this module: as a warning
+    the first time, then as information. `encdec_fast.explain` tells it beforehand. In bfloat16 and
+    float16 models the engine's sums are float32, transformers' are not.
 
     TypeError for another class; RuntimeError where somebody else replaced generate; ValueError for
     another weight_dtype.

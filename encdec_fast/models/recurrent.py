@@ -146,7 +146,7 @@ class RecurrentEncoderDecoder(nn.Module):
         lengths = lengths_of(_NAME, source, source_lengths, self.source_padding)
         return self._encode(source, lengths)
 
-    def _encode(self, source: Tensor, lengths: Tensor) -> tuple[Tensor, Any]:
+    def _encode(self, source: Tensor, lengths: Tensor | None) -> tuple[Tensor, Any]:
         embedded = self.dropout(self.source_embedding(source))
         memory, final = self.encoder(embedded, lengths=lengths)
         if self.bridge.feed:
@@ -194,11 +194,13 @@ class RecurrentEncoderDecoder(nn.Module):
     def generation_encode(self, source: Tensor, source_lengths: Tensor) -> Encoded:
         """What `encdec_fast.generation.generate` asks of a model."""
         check_tokens(_NAME, "source", source)
-        memory, state = self._encode(source, source_lengths)
+        lengths = source_lengths.tolist()
+        equal = min(lengths) == source.shape[1]  # nothing is padded: a shorter way
+        memory, state = self._encode(source, None if equal else source_lengths)
         if self.bridge.feed:
             state, fed = state
-            return Encoded(None, source_lengths.tolist(), state, fed)
-        return Encoded(memory, source_lengths.tolist(), state)
+            return Encoded(None, lengths, state, fed)
+        return Encoded(memory, lengths, state)
 
     def generation_decoder(self) -> RecurrentDecoder:
         """The decoder for the engine; NotDescribed where a part is not as it was made."""
