@@ -415,8 +415,13 @@ def test_what_a_step_raises_comes_out(at: int, beams: int) -> None:
     given = LARGE.given(config)[1:]
     with pytest.raises(Stop, match=str(at)):
         search(failing(LARGE.table, at, fail), *given)
-    with pytest.raises(KeyboardInterrupt):
-        search(failing(LARGE.table, at, lambda: signal.raise_signal(signal.SIGINT)), *given)
+    # A shell has its background jobs ignore Ctrl-C, and so would this one's.
+    handler = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            search(failing(LARGE.table, at, lambda: signal.raise_signal(signal.SIGINT)), *given)
+    finally:
+        signal.signal(signal.SIGINT, handler)
     with pytest.raises(Stop):
         search(*LARGE.given(config), stream=lambda sentence, tokens: fail())
     assert written(search(*LARGE.given(config))) == before
