@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
 pytest.importorskip("rich")
 pytest.importorskip("safetensors")
@@ -18,6 +19,7 @@ pytest.importorskip("safetensors")
 from examples import g2p
 from examples.g2p_model import checkpoint, data, evaluate, pronounce, train
 from examples.g2p_model.data import Split
+from examples.g2p_model.dropout import ByteDropout, use_byte_dropout
 from examples.g2p_model.trainer import Data, Settings, Trainer
 
 HERE = Path(g2p.__file__).parent / "g2p_model"
@@ -399,3 +401,30 @@ def test_coarser_weights_of_the_recurrent_model(weight_dtype: Any, beams: int) -
     rates = [pronounce.error_rates(one, words).words for one in (exact, found)]
     assert abs(rates[0] - rates[1]) <= 0.005
     assert rates[0] < 0.35
+
+
+def test_byte_dropout() -> None:
+    """What torch's dropout is, with a probability that is a multiple of 1/256."""
+    model = nn.Sequential(nn.Dropout(0.25), nn.Sequential(nn.Dropout(0.1), nn.Identity()))
+    use_byte_dropout(model)
+    assert [m.p for m in model.modules() if type(m) is ByteDropout] == [0.25, 0.1]
+    x = torch.ones(1000, 1003, requires_grad=True)
+    for p in (0.25, 0.1):
+        torch.manual_seed(1)
+        found = ByteDropout(p)(x)
+        kept = found != 0
+        share = round(p * 256) / 256
+        deviation = (share * (1 - share) / x.numel()) ** 0.5
+        assert abs(1 - kept.float().mean() - share) < 5 * deviation
+        torch.testing.assert_close(found[kept], torch.full_like(found[kept], 1 / (1 - share)))
+        # Neighbours, whose bytes are of one number, are dropped apart from each other.
+        both = (kept[:, 1:] & kept[:, :-1]).float().mean()
+        assert abs(both - (1 - share) ** 2) < 5 * deviation
+        gradient = torch.autograd.grad(found.sum(), x)[0]
+        assert torch.equal(gradient, found)
+        torch.manual_seed(1)
+        assert torch.equal(ByteDropout(p)(x), found)
+        assert not torch.equal(ByteDropout(p)(x), found)
+    assert torch.equal(ByteDropout(0.5).eval()(x), x)
+    assert torch.equal(ByteDropout(0.0)(x), x)
+    assert not ByteDropout(1.0)(x).any()

@@ -24,7 +24,24 @@ Candidates::Candidates(const Options& options, const Constraints& constraints, i
       scores_(kMostByScan),
       tokens_(kMostByScan) {}
 
-bool Candidates::find(const History& h, float* row, int32_t biased, std::vector<Candidate>* found) {
+int64_t Candidates::wanted() const {
+  const bool beams = options_.beams > 1;
+  if (!options_.sample) return std::min(vocabulary_, beams ? options_.kept() : 1);
+  // Of a draw: the tokens that top_k leaves; without it any token may be drawn.
+  const int64_t least =
+      beams ? std::max<int64_t>(2, 1 + static_cast<int64_t>(options_.eos.size())) : 1;
+  return std::min(vocabulary_, options_.top_k > 0 ? std::max(options_.top_k, least) : vocabulary_);
+}
+
+// An edit may take a token from among the best: as many more are asked for.
+int64_t Candidates::kept(const History& h) const {
+  if (constraints_.restricts()) return 0;
+  const int64_t most = std::min(vocabulary_, wanted() + constraints_.most_edits(h));
+  return most <= kMostKept ? most : 0;
+}
+
+bool Candidates::find(const History& h, float* row, const Scanned* scanned, int32_t biased,
+                      std::vector<Candidate>* found) {
   const bool beams = options_.beams > 1;
   found->clear();
   if (const Tokens* forced = constraints_.forced(h)) {
@@ -36,23 +53,71 @@ bool Candidates::find(const History& h, float* row, int32_t biased, std::vector<
     return true;
   }
   if (constraints_.restricts()) constraints_.restrict(row);
-  const bool edited = constraints_.active(h);
-  const int64_t least = beams ? std::max<int64_t>(2, 1 + static_cast<int64_t>(options_.eos.size()))
-                              : 1;  // of a draw: tokens that top_k and top_p leave
-  const int64_t wanted = options_.sample
-                             ? (options_.top_k > 0 ? std::max(options_.top_k, least) : vocabulary_)
-                         : beams ? options_.kept()
-                                 : 1;
-  float total = 0.0f, sum = 0.0f;
+  const bool fresh = scanned == nullptr || constraints_.restricts();
+  const Scanned own = fresh ? scan(row, kept(h)) : *scanned;
+  if (std::isnan(own.log_sum)) return false;
+  edits_.clear();
+  if (constraints_.active(h)) constraints_.edit(h, row, beams ? own.log_sum : 0.0f, &edits_);
   // Beams rank by the model's own distribution, edited afterwards; a single row is normalised last.
-  if (beams && edited && !top(row, 0, &total, found)) return false;
-  if (edited) constraints_.edit(h, row, total);
-  if (!top(row, std::min(wanted, vocabulary_), &sum, found)) return false;
-  const float offset = beams && edited ? total : sum;
-  for (Candidate& c : *found) c.score -= offset;
+  float sum = own.log_sum;
+  if (!merge(own, row, found)) read(row, found);
+  if (!beams && !log_sum(own, row, &sum)) return false;
+  if (options_.sample && !found->empty() && static_cast<int64_t>(found->size()) == wanted()) {
+    add_ties(row, found);
+  }
+  for (Candidate& c : *found) c.score -= sum;
   if (options_.sample) warp(found);
-  if (biased >= 0) bias(biased, options_.sample ? kNever : row[biased] - offset, found);
+  if (biased >= 0) bias(biased, options_.sample ? kNever : row[biased] - sum, found);
   return true;
+}
+
+Scanned Candidates::scan(const float* row, int64_t kept) {
+  float log_sum = 0.0f;
+  int32_t count = 0;
+  kernels_.scan_row(row, vocabulary_, {kept, &log_sum, scores_.data(), tokens_.data(), &count});
+  return {log_sum, scores_.data(), tokens_.data(), count, kept};
+}
+
+// The wanted() best of an edited row, by what was found before the edits. Returns false, and finds
+// nothing, where too few are known.
+bool Candidates::merge(const Scanned& scanned, const float* row,
+                       std::vector<Candidate>* found) const {
+  const int64_t needed = wanted() + static_cast<int64_t>(edits_.size());
+  if (std::min(needed, vocabulary_) > scanned.kept) return false;
+  const auto edited = [&](int32_t token) {
+    return std::binary_search(edits_.begin(), edits_.end(), Edit{token, 0.0f},
+                              [](const Edit& a, const Edit& b) { return a.token < b.token; });
+  };
+  for (int64_t i = 0; i < scanned.count; ++i) {
+    if (!edited(scanned.places[i])) found->push_back({scanned.numbers[i], scanned.places[i]});
+  }
+  for (const Edit& e : edits_) {
+    if (row[e.token] > kNever) found->push_back({row[e.token], e.token});
+  }
+  if (!edits_.empty()) std::sort(found->begin(), found->end(), likelier);
+  if (static_cast<int64_t>(found->size()) > wanted()) found->resize(static_cast<size_t>(wanted()));
+  return true;
+}
+
+// The logarithm of the sum of e^row after the edits. Returns false where an edit made it NaN.
+bool Candidates::log_sum(const Scanned& scanned, const float* row, float* sum) {
+  double left = 1.0;
+  for (const Edit& e : edits_) {
+    left += std::exp(double(row[e.token]) - scanned.log_sum) -
+            std::exp(double(e.before) - scanned.log_sum);
+  }
+  // Where little is left, the difference would be of rounding errors.
+  *sum = left > 0.25 ? scanned.log_sum + static_cast<float>(std::log(left)) : scan(row, 0).log_sum;
+  return !std::isnan(*sum);
+}
+
+// The wanted() best of a row.
+void Candidates::read(const float* row, std::vector<Candidate>* found) {
+  if (wanted() > kMostByScan) return all(row, found);
+  const Scanned scanned = scan(row, wanted());
+  for (int64_t i = 0; i < scanned.count; ++i) {
+    found->push_back({scanned.numbers[i], scanned.places[i]});
+  }
 }
 
 // A soft prefix: p = (1 - bias) p + bias for its token, (1 - bias) p for all others. log_prob: of
@@ -74,19 +139,6 @@ void Candidates::bias(int32_t token, float log_prob, std::vector<Candidate>* fou
                 own);
 }
 
-bool Candidates::top(const float* row, int64_t count, float* total, std::vector<Candidate>* found) {
-  const int64_t kept = std::min(count, kMostByScan);
-  int64_t n = 0;
-  *total = kernels_.scan_row(row, vocabulary_, kept, scores_.data(), tokens_.data(), &n);
-  if (std::isnan(*total)) return false;
-  if (count > kMostByScan) return all(row, found);
-  for (int64_t i = 0; i < n; ++i) {
-    found->push_back({scores_[static_cast<size_t>(i)], tokens_[static_cast<size_t>(i)]});
-  }
-  if (options_.sample && n > 0 && n == kept) add_ties(row, found);
-  return true;
-}
-
 // Tokens as good as the last one that was found: top_k does not tell them apart.
 void Candidates::add_ties(const float* row, std::vector<Candidate>* found) const {
   const Candidate last = found->back();
@@ -95,14 +147,13 @@ void Candidates::add_ties(const float* row, std::vector<Candidate>* found) const
   }
 }
 
-bool Candidates::all(const float* row, std::vector<Candidate>* found) const {
+void Candidates::all(const float* row, std::vector<Candidate>* found) const {
   for (int64_t t = 0; t < vocabulary_; ++t) {
     if (row[t] > kNever) {
       found->push_back({row[t], static_cast<int32_t>(t)});
     }
   }
   std::sort(found->begin(), found->end(), likelier);
-  return true;
 }
 
 // temperature, top_k and top_p, on candidates in falling order; without beams what is left is a

@@ -11,19 +11,33 @@ struct Candidate {
   int32_t token;
 };
 
+// What was found in a row of scores before anything is edited: as RowScans says.
+struct Scanned {
+  float log_sum;
+  const float* numbers;
+  const int32_t* places;
+  int64_t count, kept;
+};
+
 // Of one row, from the likeliest on. A thread has its own.
 class Candidates {
  public:
   Candidates(const Options& options, const Constraints& constraints, int64_t vocabulary);
 
-  // The row is changed. biased: the token that a soft prefix asks for here, or -1. Returns false
-  // where a score is NaN or +infinity.
-  bool find(const History& h, float* row, int32_t biased, std::vector<Candidate>* found);
+  // How many of the largest scores `find` can use; 0: none, it will read the row.
+  int64_t kept(const History& h) const;
+  // The row is changed. scanned: null where the decoder does not scan. biased: the token that a
+  // soft prefix asks for here, or -1. Returns false where a score is NaN or +infinity.
+  bool find(const History& h, float* row, const Scanned* scanned, int32_t biased,
+            std::vector<Candidate>* found);
 
  private:
-  // The most likely `count` of the row, their scores minus *total, the logarithm of the sum of all.
-  bool top(const float* row, int64_t count, float* total, std::vector<Candidate>* found);
-  bool all(const float* row, std::vector<Candidate>* found) const;
+  int64_t wanted() const;
+  Scanned scan(const float* row, int64_t kept);
+  bool merge(const Scanned& scanned, const float* row, std::vector<Candidate>* found) const;
+  bool log_sum(const Scanned& scanned, const float* row, float* sum);
+  void read(const float* row, std::vector<Candidate>* found);
+  void all(const float* row, std::vector<Candidate>* found) const;
   void add_ties(const float* row, std::vector<Candidate>* found) const;
   void warp(std::vector<Candidate>* found) const;
   void bias(int32_t token, float log_prob, std::vector<Candidate>* found) const;
@@ -34,6 +48,7 @@ class Candidates {
   const Kernels& kernels_;
   std::vector<float> scores_;
   Tokens tokens_;
+  std::vector<Edit> edits_;
 };
 
 }  // namespace encdec::generation

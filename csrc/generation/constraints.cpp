@@ -22,11 +22,22 @@ Tokens possible(const Tokens& tokens, const Tokens& forbidden, const Tokens& voc
   return left;
 }
 
-void forbid(const Tokens& tokens, float* row) {
-  for (const int32_t token : tokens) row[token] = kNever;
-}
-
 }  // namespace
+
+struct Constraints::Row {
+  float* scores;
+  std::vector<Edit>* edits;
+
+  float operator[](int32_t token) const { return scores[token]; }
+  void set(int32_t token, float score) {
+    edits->push_back({token, scores[token]});
+    scores[token] = score;
+  }
+  void forbid(int32_t token) { set(token, kNever); }
+  void forbid(const Tokens& tokens) {
+    for (const int32_t token : tokens) forbid(token);
+  }
+};
 
 Constraints::Constraints(const Options& options, int64_t vocabulary)
     : options_(options),
@@ -77,13 +88,31 @@ bool Constraints::active(const History& h) const {
          (!options_.begin_suppressed.empty() && h.length == begin(h));
 }
 
-void Constraints::edit(const History& h, float* row, float offset) const {
-  if (options_.repetition_penalty != 1.0) penalise_repetition(h, row, offset);
-  if (options_.no_repeat_ngram > 0) forbid_repeated_ngrams(h, row);
-  forbid_bad_words(h, row);
-  if (h.length < least_length(h)) forbid(ends_, row);
-  forbid(options_.suppressed, row);
-  if (h.length == begin(h)) forbid(options_.begin_suppressed, row);
+int64_t Constraints::most_edits(const History& h) const {
+  size_t most = bad_words_.size() + options_.suppressed.size();
+  if (options_.repetition_penalty != 1.0) most += static_cast<size_t>(h.length);
+  if (options_.no_repeat_ngram > 0) most += static_cast<size_t>(h.length);
+  if (h.length < least_length(h)) most += ends_.size();
+  if (h.length == begin(h)) most += options_.begin_suppressed.size();
+  return static_cast<int64_t>(most);
+}
+
+void Constraints::edit(const History& h, float* scores, float offset,
+                       std::vector<Edit>* edits) const {
+  edits->clear();
+  Row row{scores, edits};
+  if (options_.repetition_penalty != 1.0) penalise_repetition(h, offset, &row);
+  if (options_.no_repeat_ngram > 0) forbid_repeated_ngrams(h, &row);
+  forbid_bad_words(h, &row);
+  if (h.length < least_length(h)) row.forbid(ends_);
+  row.forbid(options_.suppressed);
+  if (h.length == begin(h)) row.forbid(options_.begin_suppressed);
+  // Of several edits of a token the first one knows what was there.
+  std::stable_sort(edits->begin(), edits->end(),
+                   [](const Edit& a, const Edit& b) { return a.token < b.token; });
+  edits->erase(std::unique(edits->begin(), edits->end(),
+                           [](const Edit& a, const Edit& b) { return a.token == b.token; }),
+               edits->end());
 }
 
 void Constraints::restrict(float* row) const {
@@ -92,35 +121,35 @@ void Constraints::restrict(float* row) const {
   }
 }
 
-void Constraints::penalise_repetition(const History& h, float* row, float offset) const {
+void Constraints::penalise_repetition(const History& h, float offset, Row* row) const {
   Tokens seen(h.tokens, h.tokens + h.length);
   std::sort(seen.begin(), seen.end());
   seen.erase(std::unique(seen.begin(), seen.end()), seen.end());
   const float penalty = static_cast<float>(options_.repetition_penalty);
   for (const int32_t token : seen) {
     if (token >= vocabulary_) continue;  // a start token beyond what the model writes
-    const float score = row[token] - offset;
-    row[token] = (score < 0.0f ? score * penalty : score / penalty) + offset;
+    const float score = (*row)[token] - offset;
+    row->set(token, (score < 0.0f ? score * penalty : score / penalty) + offset);
   }
 }
 
-void Constraints::forbid_repeated_ngrams(const History& h, float* row) const {
+void Constraints::forbid_repeated_ngrams(const History& h, Row* row) const {
   const int64_t n = options_.no_repeat_ngram;
   const int32_t* const last = h.tokens + h.length - (n - 1);
   for (int64_t i = 0; i + n <= h.length; ++i) {
     const int32_t next = h.tokens[i + n - 1];
     if (next < vocabulary_ && std::equal(h.tokens + i, h.tokens + i + n - 1, last)) {
-      row[next] = kNever;
+      row->forbid(next);
     }
   }
 }
 
-void Constraints::forbid_bad_words(const History& h, float* row) const {
+void Constraints::forbid_bad_words(const History& h, Row* row) const {
   for (const Tokens& word : bad_words_) {
     const int64_t before = static_cast<int64_t>(word.size()) - 1;
     if (before <= h.length &&
         std::equal(word.begin(), word.end() - 1, h.tokens + h.length - before)) {
-      row[word.back()] = kNever;
+      row->forbid(word.back());
     }
   }
 }

@@ -14,6 +14,12 @@ struct History {
   int64_t limit;   // the length at which it ends
 };
 
+// A score that was edited, as it was before.
+struct Edit {
+  int32_t token;
+  float before;
+};
+
 class Constraints {
  public:
   Constraints(const Options& options, int64_t vocabulary);
@@ -24,18 +30,22 @@ class Constraints {
   const Tokens* forced(const History& h) const;
   // Whether `edit` would change scores of a hypothesis like this.
   bool active(const History& h) const;
-  // The score of token t is row[t] - offset, before and after.
-  void edit(const History& h, float* row, float offset) const;
+  // The most scores that it would change.
+  int64_t most_edits(const History& h) const;
+  // The score of token t is row[t] - offset, before and after. edits: by token, each once.
+  void edit(const History& h, float* row, float offset, std::vector<Edit>* edits) const;
   // Everything outside of the shortlist becomes impossible.
   void restrict(float* row) const;
   bool restricts() const { return !allowed_.empty(); }
 
  private:
+  struct Row;  // of scores, that keeps what it edits
+
   int64_t begin(const History& h) const;
   int64_t least_length(const History& h) const;
-  void penalise_repetition(const History& h, float* row, float offset) const;
-  void forbid_repeated_ngrams(const History& h, float* row) const;
-  void forbid_bad_words(const History& h, float* row) const;
+  void penalise_repetition(const History& h, float offset, Row* row) const;
+  void forbid_repeated_ngrams(const History& h, Row* row) const;
+  void forbid_bad_words(const History& h, Row* row) const;
 
   const Options& options_;
   const int64_t vocabulary_;

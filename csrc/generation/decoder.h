@@ -3,6 +3,8 @@
 
 #include <cstdint>
 
+#include "generation/kernels.h"
+
 namespace encdec::generation {
 
 // Rows of one sentence lie one behind the other. In the step at position 0 a row starts from what
@@ -23,9 +25,9 @@ class Decoder {
   virtual int64_t attention_size() const = 0;
   // How many of them sentence `b` has.
   virtual int64_t source_length(int64_t b) const = 0;
-  // logits: [count][stride], the scores of the next token. attention: [count][attention_size()],
-  // or null where nobody asks.
-  virtual void step(const StepRows& rows, float* logits, int64_t stride, float* attention) = 0;
+  virtual void step(const StepRows& rows, const StepScores& scores) = 0;
+  // Whether `step` fills in the scans, too.
+  virtual bool scans() const { return false; }
 };
 
 }  // namespace encdec::generation

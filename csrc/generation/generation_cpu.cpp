@@ -1,6 +1,7 @@
 // The kernels of generation of one instruction set: this file is compiled once for each.
 #include "generation/recurrent_step.h"
 #include "generation/scan.h"
+#include "generation/transformer_memory.h"
 #include "generation/transformer_step.h"
 
 namespace encdec::generation {
@@ -8,6 +9,10 @@ namespace ENCDEC_ISA_NAMESPACE {
 
 const Kernels kKernels = {
     scan_row,
+    [](const TransformerMemory& m) { return transformer_memory_places(m).bytes; },
+    [](const TransformerMemory& m) {
+      with_format(m.format, [&](auto f) { run_transformer_memory<decltype(f)::value>(m); });
+    },
     [](const TransformerStep& s) { return transformer_places(s).bytes; },
     [](const TransformerStep& s) {
       with_format(s.format, [&](auto f) { run_transformer_step<decltype(f)::value>(s); });

@@ -1,8 +1,9 @@
 // The steps of decoders, and the scan of their scores: what one instruction set offers.
 //
 // Plain structs and raw pointers. Everything between products is float32, whatever the weights'
-// format. Names: D model size, H hidden size, V vocabulary, S source positions, F feed-forward
-// size.
+// format; only a Transformer's keys and values are kept as bfloat16 where its weights are coarser
+// than float32, since a step of many rows reads more of them than of weights. Names: D model size,
+// H hidden size, V vocabulary, S source positions, F feed-forward size.
 #pragma once
 
 #include "core/cpu_features.h"
@@ -34,13 +35,51 @@ struct Table {
   int64_t rows = 0;
 };
 
+// In which a Transformer's keys and values are kept.
+constexpr Format kept_format(Format weights) {
+  return weights == Format::kFloat32 ? Format::kFloat32 : Format::kBfloat16;
+}
+
 struct TransformerLayer {
   NormWeights self_norm, cross_norm, feed_norm;
   Projection self_query, self_key, self_value, self_out;
   Projection cross_query, cross_out;
   Projection up, gate, down;  // gate.N = 0: none
-  // [B S][heads head_size]
-  const float *memory_keys = nullptr, *memory_values = nullptr;
+  // In kept_format: [B S][heads head_size].
+  const char *memory_keys = nullptr, *memory_values = nullptr;
+};
+
+// Keys and values of all layers for a batch of memories.
+struct TransformerMemory {
+  const Projection* projections = nullptr;  // [count], each to `width` columns
+  int64_t count = 0, width = 0;
+  const float* memory = nullptr;  // [rows][size]
+  int64_t rows = 0, size = 0;
+  char* to = nullptr;  // in kept_format: [count][rows][width]
+  Format format = Format::kFloat32;
+  int threads = 1;
+  char* workspace = nullptr;
+};
+
+// What a step finds in its rows of scores while they are in cache: the logarithm of the sum of
+// e^row (NaN where a number is NaN or +infinity, 0 where all are -infinity), and the `kept` largest
+// numbers with their places, in falling order, of equal ones the first; `counts` of them, if fewer
+// are above -infinity.
+struct RowScans {
+  int64_t kept = 0;  // at most kMostKept
+  float* log_sums = nullptr;
+  float* numbers = nullptr;   // [rows][kept]
+  int32_t* places = nullptr;  // [rows][kept]
+  int32_t* counts = nullptr;
+};
+constexpr int64_t kMostKept = 64;
+
+// What a step writes.
+struct StepScores {
+  float* logits = nullptr;  // [rows][stride]: of the next token
+  int64_t stride = 0;
+  float* attention = nullptr;  // [rows][S]; null: not wanted
+  RowScans scans;
 };
 
 struct TransformerStep {
@@ -66,14 +105,13 @@ struct TransformerStep {
   int64_t rows = 0, position = 0;
   const int32_t* tokens = nullptr;
   const int32_t* sentences = nullptr;
-  // Keys and values of each position that was fed: float [layer][2][cache_rows][heads head_size].
-  float* const* cache = nullptr;
+  // Keys and values of each position that was fed, in kept_format: [layer][2][cache_rows][heads
+  // head_size].
+  char* const* cache = nullptr;
   int64_t cache_rows = 0;
   const int32_t* ancestors = nullptr;  // [rows][ancestor_stride]: the cache row of each position
   int64_t ancestor_stride = 0;
-  float* logits = nullptr;
-  int64_t logits_stride = 0;
-  float* attention = nullptr;  // [rows][S]: of the last layer, the mean of its heads; null: none
+  StepScores scores;  // attention: of the last layer, the mean of its heads
 
   Format format = Format::kFloat32;
   int threads = 1;
@@ -115,9 +153,7 @@ struct RecurrentStep {
   const float *h_before = nullptr, *c_before = nullptr, *context_before = nullptr;
   float *h = nullptr, *c = nullptr, *context = nullptr;
   int64_t state_rows = 0;  // rows that a layer's states have room for
-  float* logits = nullptr;
-  int64_t logits_stride = 0;
-  float* attention = nullptr;  // [rows][S]; null: not wanted
+  StepScores scores;
 
   Format format = Format::kFloat32;
   int threads = 1;
@@ -125,10 +161,10 @@ struct RecurrentStep {
 };
 
 struct Kernels {
-  // The logarithm of the sum of e^row, and the `kept` largest numbers with their places, *found of
-  // them, in falling order. NaN where a number is NaN or +infinity, 0 where all are -infinity.
-  float (*scan_row)(const float* row, int64_t size, int64_t kept, float* numbers, int32_t* places,
-                    int64_t* found);
+  // Row 0 of `scans`, as a step would fill it in; any number may be kept.
+  void (*scan_row)(const float* row, int64_t size, const RowScans& scans);
+  int64_t (*transformer_memory_workspace)(const TransformerMemory&);
+  void (*transformer_memory)(const TransformerMemory&);
   int64_t (*transformer_workspace)(const TransformerStep&);
   void (*transformer_step)(const TransformerStep&);
   // The keys as the steps read them: bytes, and the work, once for a memory.

@@ -70,7 +70,7 @@ void RecurrentDecoder::project_keys(const Encoded& encoded, int threads) {
   step_.keys = floats(keys_);
 }
 
-void RecurrentDecoder::step(const StepRows& rows, float* logits, int64_t stride, float* attention) {
+void RecurrentDecoder::step(const StepRows& rows, const StepScores& scores) {
   const States& before = states_[before_];
   before_ = 1 - before_;
   const States& after = states_[before_];
@@ -85,9 +85,7 @@ void RecurrentDecoder::step(const StepRows& rows, float* logits, int64_t stride,
   step_.h = floats(after.h);
   step_.c = floats(after.c);
   step_.context = floats(after.context);
-  step_.logits = logits;
-  step_.logits_stride = stride;
-  step_.attention = attention;
+  step_.scores = scores;
   kernels(chosen_isa()).recurrent_step(step_);
 }
 

@@ -40,7 +40,8 @@ class RecurrentDecoder : public Decoder {
     return step_.attention_kind == Attention::kNone ? 0 : step_.S;
   }
   int64_t source_length(int64_t b) const override { return lengths_[static_cast<size_t>(b)]; }
-  void step(const StepRows& rows, float* logits, int64_t stride, float* attention) override;
+  void step(const StepRows& rows, const StepScores& scores) override;
+  bool scans() const override { return true; }
 
  private:
   struct States {

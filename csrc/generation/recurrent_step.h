@@ -53,7 +53,7 @@ inline void prepare_memory(const RecurrentStep& s) {
 
 struct RecurrentPlaces {
   int64_t input, gates, query;  // rows of floats
-  int64_t staged, scales, hidden, hidden_scales;
+  int64_t staged, scales, hidden, hidden_scales, scans;
   int64_t input_size, staged_stride, hidden_stride;
   int64_t member;
   QueryPlaces own;
@@ -74,6 +74,7 @@ inline RecurrentPlaces recurrent_places(const RecurrentStep& s) {
   p.hidden_stride = staged_row_bytes(s.format, s.H);
   p.hidden = all.take(s.rows * p.hidden_stride);
   p.hidden_scales = all.take(s.rows * 4);
+  p.scans = all.take(s.threads * score_bytes(s.rows));
   p.member = all.end();
   Layout unused;
   p.own = query_places(memory_places(memory_of(s), s.B, unused), member);
@@ -124,10 +125,7 @@ class RecurrentRun {
       team_.stage(input_.at(r), size, staged_, r);
     });
     team_.wait();
-    team_.multiply(s_.output, staged_, s_.rows,
-                   [&](int64_t r, int64_t c, Float y, int lanes) __attribute__((always_inline)) {
-                     store_lanes(s_.logits + r * s_.logits_stride + c, y, lanes);
-                   });
+    team_.score(s_.output, staged_, s_.rows, s_.scores, s_.workspace + places_.scans);
   }
 
  private:
@@ -279,8 +277,8 @@ class RecurrentRun {
   }
 
   void read_memory(int64_t r, const float* weights, int64_t n) const {
-    if (s_.attention) {
-      float* const to = s_.attention + r * s_.S;
+    if (s_.scores.attention) {
+      float* const to = s_.scores.attention + r * s_.S;
       copy(weights, n, to);
       std::memset(to + n, 0, static_cast<size_t>((s_.S - n) * 4));
     }

@@ -1,26 +1,31 @@
-// A row of scores: the logarithm of the sum of their exponentials, and the largest of them.
+// A row of scores, as it comes: the logarithm of the sum of their exponentials, and the largest.
 #pragma once
 
+#include <algorithm>
 #include <cmath>
 #include <limits>
 
 #include "core/math.h"
 #include "core/rows.h"
+#include "generation/kernels.h"
 
 namespace encdec::generation {
 namespace ENCDEC_ISA_NAMESPACE {
 
 using namespace encdec::ENCDEC_ISA_NAMESPACE;
 
+constexpr float kMinusInfinity = -std::numeric_limits<float>::infinity();
+
 // Numbers in falling order; of equal ones the first that came.
 struct Largest {
-  float* numbers;
-  int32_t* places;
-  int64_t room;
+  float* numbers = nullptr;
+  int32_t* places = nullptr;
+  int64_t room = 0;
   int64_t count = 0;
 
+  // What a number must be above to be taken.
   float least() const {
-    return count < room ? -std::numeric_limits<float>::infinity() : numbers[room - 1];
+    return room == 0 ? -kMinusInfinity : count < room ? kMinusInfinity : numbers[room - 1];
   }
   void take(float number, int32_t place) {
     if (!(number > least())) return;
@@ -34,38 +39,75 @@ struct Largest {
   }
 };
 
-inline float scan_row(const float* row, int64_t size, int64_t kept, float* numbers, int32_t* places,
-                      int64_t* found) {
-  constexpr float kInfinity = std::numeric_limits<float>::infinity();
-  const int64_t whole = size / kLanes * kLanes;
-  Float tops = set1(-kInfinity);
-  // With the variable first NaN is passed over; the sum below finds it.
-  for (int64_t i = 0; i < whole; i += kLanes) tops = max(load(row + i), tops);
-  float top = reduce_max(tops);
-  for (int64_t i = whole; i < size; ++i) top = row[i] > top ? row[i] : top;
-  *found = 0;
-  if (top == kInfinity) return std::numeric_limits<float>::quiet_NaN();
-  const bool none = top == -kInfinity;  // nothing is possible, unless there is NaN
-  if (none) top = 0.0f;
-  Largest largest{numbers, places, kept};
-  const Float shift = set1(top);
-  Float sum = zero(), least = set1(-kInfinity);
-  for (int64_t i = 0; i < whole; i += kLanes) {
-    const Float x = load(row + i);
-    sum = add(sum, exp(sub(x, shift)));
-    if (kept > 0 && any_not_le(x, least)) {
-      for (int l = 0; l < kLanes; ++l) largest.take(row[i + l], static_cast<int32_t>(i + l));
-      least = set1(largest.least());
+// The sum is kept in units of e^top, top the largest number so far.
+struct RowScan {
+  Largest largest;
+  float top = kMinusInfinity;
+  float sum = 0.0f;
+
+  // The next numbers of the row: n of them, the first at place `first`.
+  void take(const float* piece, int64_t n, int64_t first) {
+    const int64_t whole = n / kLanes * kLanes;
+    Float tops = set1(kMinusInfinity);
+    // With the variable first NaN is passed over; the sum below finds it.
+    for (int64_t i = 0; i < whole; i += kLanes) tops = max(load(piece + i), tops);
+    float high = reduce_max(tops);
+    for (int64_t i = whole; i < n; ++i) high = piece[i] > high ? piece[i] : high;
+    raise(high);
+    const float shift = top == kMinusInfinity ? 0.0f : top;  // +infinity makes the sum NaN
+    Float sums = zero();
+    for (int64_t i = 0; i < whole; i += kLanes) {
+      sums = add(sums, exp(sub(load(piece + i), set1(shift))));
+    }
+    sum += reduce_add(sums);
+    for (int64_t i = whole; i < n; ++i) sum += std::exp(piece[i] - shift);
+    if (high > largest.least()) find(piece, n, whole, static_cast<int32_t>(first));
+  }
+
+  // What was found in later numbers of the same row.
+  void join(const RowScan& later) {
+    raise(later.top);
+    sum += later.top == top ? later.sum : later.sum * std::exp(later.top - top);
+    for (int64_t i = 0; i < later.largest.count; ++i) {
+      largest.take(later.largest.numbers[i], later.largest.places[i]);
     }
   }
-  float total = reduce_add(sum);
-  for (int64_t i = whole; i < size; ++i) {
-    total += std::exp(row[i] - top);
-    if (kept > 0) largest.take(row[i], static_cast<int32_t>(i));
+
+  void put(int64_t row, const RowScans& to) const {
+    to.log_sums[row] = top == kMinusInfinity && !std::isnan(sum) ? 0.0f : top + std::log(sum);
+    to.counts[row] = static_cast<int32_t>(largest.count);
   }
-  *found = largest.count;
-  if (none && !std::isnan(total)) return 0.0f;
-  return top + std::log(total);
+
+ private:
+  void raise(float high) {
+    if (!(high > top)) return;
+    if (top != kMinusInfinity) sum *= std::exp(top - high);
+    top = high;
+  }
+
+  void find(const float* piece, int64_t n, int64_t whole, int32_t first) {
+    for (int64_t i = 0; i < whole; i += kLanes) {
+      if (!any_not_le(load(piece + i), set1(largest.least()))) continue;
+      for (int l = 0; l < kLanes; ++l) {
+        largest.take(piece[i + l], first + static_cast<int32_t>(i + l));
+      }
+    }
+    for (int64_t i = whole; i < n; ++i) largest.take(piece[i], first + static_cast<int32_t>(i));
+  }
+};
+
+// Empty, with row `row` of the lists of `scans` for its own.
+inline RowScan row_scan(const RowScans& scans, int64_t row) {
+  RowScan scan;
+  scan.largest = {scans.numbers + row * scans.kept, scans.places + row * scans.kept, scans.kept};
+  return scan;
+}
+
+inline void scan_row(const float* row, int64_t size, const RowScans& scans) {
+  constexpr int64_t kPiece = 1024;  // it is read twice, from L1
+  RowScan scan = row_scan(scans, 0);
+  for (int64_t i = 0; i < size; i += kPiece) scan.take(row + i, std::min(kPiece, size - i), i);
+  scan.put(0, scans);
 }
 
 }  // namespace ENCDEC_ISA_NAMESPACE

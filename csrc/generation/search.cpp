@@ -108,7 +108,7 @@ class Search {
       const auto before = Clock::now();
       const StepRows rows{static_cast<int64_t>(tokens_.size()), position, tokens_.data(),
                           parents_.data(), sources_.data()};
-      decoder_.step(rows, logits_.data(), stride_, attention_size_ ? attention_.data() : nullptr);
+      decoder_.step(rows, scores(rows.count));
       const auto between = Clock::now();
       find_candidates();
       int64_t row = 0;
@@ -159,6 +159,29 @@ class Search {
     return std::equal(first, first + s.written(), prefix.begin()) ? prefix[written] : -1;
   }
 
+  // Where the decoder writes.
+  StepScores scores(int64_t rows) {
+    StepScores to;
+    to.logits = logits_.data();
+    to.stride = stride_;
+    to.attention = attention_size_ ? attention_.data() : nullptr;
+    if (!decoder_.scans()) return to;
+    log_sums_.resize(static_cast<size_t>(rows));
+    counts_.resize(static_cast<size_t>(rows));
+    numbers_.resize(static_cast<size_t>(rows * kMostKept));
+    places_.resize(static_cast<size_t>(rows * kMostKept));
+    kept_ = 0;
+    for (const Sentence& s : sentences_) {
+      kept_ = std::max(kept_, finders_[0].candidates.kept(history(s, nullptr)));
+    }
+    to.scans = {kept_, log_sums_.data(), numbers_.data(), places_.data(), counts_.data()};
+    return to;
+  }
+
+  static History history(const Sentence& s, const int32_t* tokens) {
+    return {tokens, s.length, s.prompt(), s.limit};
+  }
+
   // What may follow each row, by the members of a team.
   void find_candidates() {
     owners_.clear();
@@ -176,10 +199,17 @@ class Search {
           own.tokens = s->request->prompt;
           tree_.append(node, &own.tokens);
         }
-        const History h{own.tokens.data(), s->length, s->prompt(), s->limit};
+        const History h = history(*s, own.tokens.data());
         const int32_t biased = reads ? biased_token(*s, own.tokens) : -1;
         float* const row = logits_.data() + r * stride_;
-        if (!own.candidates.find(h, row, biased, &found_[static_cast<size_t>(r)])) good = false;
+        std::vector<Candidate>* const found = &found_[static_cast<size_t>(r)];
+        if (decoder_.scans()) {
+          const size_t i = static_cast<size_t>(r), first = i * static_cast<size_t>(kept_);
+          const Scanned scanned{log_sums_[i], &numbers_[first], &places_[first], counts_[i], kept_};
+          if (!own.candidates.find(h, row, &scanned, biased, found)) good = false;
+        } else if (!own.candidates.find(h, row, nullptr, biased, found)) {
+          good = false;
+        }
       }
     };
     auto body = [&](int rank, int size) {
@@ -438,6 +468,9 @@ class Search {
   Tree tree_;
   std::vector<Sentence> sentences_;  // that are not finished
   std::vector<float> logits_, attention_;
+  int64_t kept_ = 0;  // of each row by the decoder's scan
+  std::vector<float> log_sums_, numbers_;
+  Tokens places_, counts_;
   Tokens tokens_, parents_, sources_;
   std::vector<Owner> owners_;
   std::vector<Finder> finders_;

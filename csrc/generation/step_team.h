@@ -5,6 +5,7 @@
 #include "attention/tiles.h"
 #include "core/layout.h"
 #include "generation/kernels.h"
+#include "generation/scan.h"
 #include "linear/linear_kernel.h"
 
 namespace encdec::generation {
@@ -37,6 +38,23 @@ struct StagedRows {
   float* scales = nullptr;
 };
 
+ENCDEC_INLINE Float load_lanes(const float* from, int lanes) {
+  return lanes == kLanes ? load(from) : load_partial(from, lanes);
+}
+
+ENCDEC_INLINE void store_lanes(float* to, Float x, int lanes) {
+  if (lanes == kLanes) {
+    store(to, x);
+  } else {
+    store_partial(to, x, lanes);
+  }
+}
+
+// What a member of a team needs to find the best of so many rows of scores.
+constexpr int64_t score_bytes(int64_t rows) {
+  return round_up(rows * (static_cast<int64_t>(sizeof(RowScan)) + kMostKept * 8), 64);
+}
+
 template <Format format>
 class StepTeam {
  public:
@@ -59,12 +77,53 @@ class StepTeam {
   // put(row, column, a vector of x W' + b, how many of its lanes count), for this member's columns.
   template <class Put>
   void multiply(const Projection& p, const StagedRows& x, int64_t rows, const Put& put) const {
+    const int64_t panels = panels_of(p.N);
+    multiply(p, x, rows, panels * rank_ / members_, panels * (rank_ + 1) / members_, put);
+  }
+
+  // Scores x W' + b, and what is to be found in them: in a block of columns while it is in cache,
+  // then in what the members found. work: score_bytes for each member. Waits for all.
+  void score(const Projection& p, const StagedRows& x, int64_t rows, const StepScores& to,
+             char* work) const {
+    constexpr int64_t kBlock = 8;  // panels
+    const auto scans_of = [&](int member) {
+      return reinterpret_cast<RowScan*>(work + member * score_bytes(rows));
+    };
+    RowScan* const own = scans_of(rank_);
+    RowScans lists = to.scans;
+    lists.numbers = reinterpret_cast<float*>(own + rows);
+    lists.places = reinterpret_cast<int32_t*>(lists.numbers + rows * kMostKept);
+    for (int64_t r = 0; r < rows; ++r) own[r] = row_scan(lists, r);
+    const int64_t panels = panels_of(p.N), last = panels * (rank_ + 1) / members_;
+    for (int64_t first = panels * rank_ / members_; first < last; first += kBlock) {
+      const int64_t end = std::min(last, first + kBlock), column = first * kPanel;
+      multiply(p, x, rows, first, end,
+               [&](int64_t r, int64_t c, Float y, int lanes) __attribute__((always_inline)) {
+                 store_lanes(to.logits + r * to.stride + c, y, lanes);
+               });
+      for (int64_t r = 0; r < rows; ++r) {
+        own[r].take(to.logits + r * to.stride + column, std::min(end * kPanel, p.N) - column,
+                    column);
+      }
+    }
+    wait();
+    each(rows, [&](int64_t r) {
+      RowScan all = row_scan(to.scans, r);
+      for (int member = 0; member < members_; ++member) all.join(scans_of(member)[r]);
+      all.put(r, to.scans);
+    });
+  }
+
+ private:
+  template <class Put>
+  void multiply(const Projection& p, const StagedRows& x, int64_t rows, int64_t first_panel,
+                int64_t end_panel, const Put& put) const {
     constexpr int kRows = max_tile_rows(kVectors);
     alignas(64) float tile[kRows * kPanel];
     const auto& header = *reinterpret_cast<const linear::PackedHeader*>(p.packed);
     const PackedView weight = view(p.packed, header.weight, format, p.K, kVectors);
     const RowTiles tiles(rows, kRows);
-    each(panels_of(p.N), [&](int64_t panel) {
+    for (int64_t panel = first_panel; panel < end_panel; ++panel) {
       for (int64_t i = 0; i < tiles.count; ++i) {
         const int64_t first = tiles.begin(i), end = tiles.begin(i + 1);
         multiply_rows<format, kVectors>(static_cast<int>(end - first), weight, panel,
@@ -82,25 +141,12 @@ class StepTeam {
           }
         }
       }
-    });
+    }
   }
 
- private:
   Barrier& barrier_;
   const int rank_, members_;
 };
-
-ENCDEC_INLINE Float load_lanes(const float* from, int lanes) {
-  return lanes == kLanes ? load(from) : load_partial(from, lanes);
-}
-
-ENCDEC_INLINE void store_lanes(float* to, Float x, int lanes) {
-  if (lanes == kLanes) {
-    store(to, x);
-  } else {
-    store_partial(to, x, lanes);
-  }
-}
 
 // to = norm(x), n numbers; whole vectors are read and written.
 inline void normalise(const NormWeights& w, const float* x, int64_t n, float* to) {

@@ -35,32 +35,39 @@ void TransformerDecoder::begin(const float* memory, int64_t B, int64_t S, const 
 
 // Keys and values of the memory, once for all steps.
 void TransformerDecoder::project_memory(const float* memory, int64_t rows, int threads) {
-  const int64_t part = round_up(rows * step_.heads * step_.head_size * 4, 64);
-  grow(memory_, part * 2 * step_.layer_count + 64);
-  char* at = memory_.data();
-  const auto next = [&](const Projection& p) {
-    float* const to = reinterpret_cast<float*>(at);
-    project(p, step_.format, memory, rows, threads, project_work_, to);
-    at += part;
-    return to;
-  };
+  if (model_->memory.empty()) return;
+  TransformerMemory m;
+  m.projections = model_->memory.data();
+  m.count = static_cast<int64_t>(model_->memory.size());
+  m.width = step_.heads * step_.head_size;
+  m.memory = memory;
+  m.rows = rows;
+  m.size = model_->memory[0].K;
+  m.format = step_.format;
+  m.threads = m.count * rows * m.width * m.size > kTeamProducts ? threads : 1;
+  const int64_t part = rows * m.width * kept_bytes();
+  grow(memory_, std::max<int64_t>(64, part * m.count));
+  m.to = memory_.data();
+  const Kernels& own = kernels(chosen_isa());
+  grow(memory_work_, own.transformer_memory_workspace(m));
+  m.workspace = memory_work_.data();
+  own.transformer_memory(m);
   for (size_t l = 0; l < layers_.size(); ++l) {
-    layers_[l].memory_keys = next(model_->memory[l].keys);
-    layers_[l].memory_values = next(model_->memory[l].values);
+    layers_[l].memory_keys = memory_.data() + static_cast<int64_t>(2 * l) * part;
+    layers_[l].memory_values = layers_[l].memory_keys + part;
   }
 }
 
-void TransformerDecoder::step(const StepRows& rows, float* logits, int64_t stride,
-                              float* attention) {
+void TransformerDecoder::step(const StepRows& rows, const StepScores& scores) {
   const int64_t position = rows.position;
   const int64_t width = step_.heads * step_.head_size;
   if (position >= static_cast<int64_t>(cache_.size())) {
     cache_.emplace_back();
-    grow(cache_.back(), step_.layer_count * 2 * step_.cache_rows * width * 4);
+    grow(cache_.back(), step_.layer_count * 2 * step_.cache_rows * width * kept_bytes());
   }
   positions_.clear();
   for (const AlignedBuffer& block : cache_) {
-    positions_.push_back(reinterpret_cast<float*>(block.data()));
+    positions_.push_back(block.data());
   }
   if (position > 0) {
     std::swap(ancestors_, ancestors_before_);
@@ -78,9 +85,7 @@ void TransformerDecoder::step(const StepRows& rows, float* logits, int64_t strid
   step_.sentences = rows.sentences;
   step_.cache = positions_.data();
   step_.ancestors = ancestors_.data();
-  step_.logits = logits;
-  step_.logits_stride = stride;
-  step_.attention = attention;
+  step_.scores = scores;
   kernels(chosen_isa()).transformer_step(step_);
 }
 

@@ -15,18 +15,14 @@ struct TransformerModel {
   PackedWeights weights;
   TransformerStep step;  // sizes, tables, norms, output
   std::vector<TransformerLayer> layers;
-  struct MemoryProjections {
-    Projection keys, values;
-  };
-  std::vector<MemoryProjections> memory;  // of each layer
-  int64_t memory_size = 0;                // of the encoder's output
+  std::vector<Projection> memory;  // of each layer to keys, then to values
 };
 
 class TransformerDecoder : public Decoder {
  public:
   explicit TransformerDecoder(std::shared_ptr<const TransformerModel> model);
 
-  // A batch: memory (B, S, memory_size), contiguous, lengths [B] from 0 to S; targets of at most
+  // A batch: memory (B, S, M), contiguous, lengths [B] from 0 to S; targets of at most
   // `limit` tokens, in at most `rows` rows at a time. Throws std::bad_alloc.
   void begin(const float* memory, int64_t B, int64_t S, const int64_t* lengths, int64_t rows,
              int64_t limit, int threads);
@@ -34,18 +30,20 @@ class TransformerDecoder : public Decoder {
   int64_t vocabulary() const override { return model_->step.V; }
   int64_t attention_size() const override { return step_.S; }
   int64_t source_length(int64_t b) const override { return lengths_[static_cast<size_t>(b)]; }
-  void step(const StepRows& rows, float* logits, int64_t stride, float* attention) override;
+  void step(const StepRows& rows, const StepScores& scores) override;
+  bool scans() const override { return true; }
 
  private:
   void project_memory(const float* memory, int64_t rows, int threads);
+  int64_t kept_bytes() const { return element_bytes(kept_format(step_.format)); }
 
   const std::shared_ptr<const TransformerModel> model_;
   TransformerStep step_;
   std::vector<TransformerLayer> layers_;
   std::vector<int64_t> lengths_;
-  AlignedBuffer memory_, work_, project_work_;
+  AlignedBuffer memory_, work_, memory_work_;
   std::vector<AlignedBuffer> cache_;  // of each position
-  std::vector<float*> positions_;
+  std::vector<char*> positions_;
   std::vector<int32_t> ancestors_, ancestors_before_;
 };
 

@@ -12,7 +12,7 @@ namespace ENCDEC_ISA_NAMESPACE {
 
 struct TransformerPlaces {
   int64_t x, q, a, f;  // rows of floats: the stream, queries, attention's results, feed-forward
-  int64_t staged, scales;
+  int64_t staged, scales, scans;
   int64_t member;  // of each: a query's heads, scores, pointers to keys and values, groups
   int64_t query, scores, keys, values, groups, member_bytes;
   int64_t staged_stride, score_stride;
@@ -33,6 +33,7 @@ inline TransformerPlaces transformer_places(const TransformerStep& s) {
   p.staged_stride = staged_row_bytes(s.format, largest);
   p.staged = all.take(s.rows * p.staged_stride);
   p.scales = all.take(s.rows * 4);
+  p.scans = all.take(s.threads * score_bytes(s.rows));
   p.member = all.end();
   const int64_t keys = round_up(std::max(s.position + 1, s.S), kTile);
   const int64_t rows = round_up(s.rows, attention::ENCDEC_ISA_NAMESPACE::kTileQueries);
@@ -49,6 +50,9 @@ inline TransformerPlaces transformer_places(const TransformerStep& s) {
 
 template <Format format>
 class TransformerRun {
+  static constexpr Format kKept = kept_format(format);
+  static constexpr int64_t kKeptBytes = element_bytes(kKept);
+
  public:
   TransformerRun(const TransformerStep& step, Barrier& barrier, int rank, int members)
       : s_(step),
@@ -78,10 +82,7 @@ class TransformerRun {
       team_.stage(x_.at(r), s_.D, staged_, r);
     });
     team_.wait();
-    team_.multiply(s_.output, staged_, s_.rows,
-                   [&](int64_t r, int64_t c, Float y, int lanes) __attribute__((always_inline)) {
-                     store_lanes(s_.logits + r * s_.logits_stride + c, y, lanes);
-                   });
+    team_.score(s_.output, staged_, s_.rows, s_.scores, s_.workspace + places_.scans);
   }
 
  private:
@@ -166,15 +167,15 @@ class TransformerRun {
     team_.wait();
   }
 
-  float* cached(int64_t position, int64_t l, int part, int64_t row) const {
-    return s_.cache[position] + ((l * 2 + part) * s_.cache_rows + row) * width_;
+  char* cached(int64_t position, int64_t l, int part, int64_t row) const {
+    return s_.cache[position] + ((l * 2 + part) * s_.cache_rows + row) * width_ * kKeptBytes;
   }
 
   void project_self(const TransformerLayer& w, int64_t l) const {
     const auto put = [&](int part) {
       return [this, l, part](int64_t r, int64_t c, Float y, int lanes)
                  __attribute__((always_inline)) {
-                   store_lanes(cached(s_.position, l, part, r) + c, y, lanes);
+                   store_as(kKept, cached(s_.position, l, part, r) + c * kKeptBytes, y, lanes);
                  };
     };
     team_.multiply(w.self_query, staged_, s_.rows,
@@ -194,9 +195,8 @@ class TransformerRun {
 
   // A head's vector at a; the last one may be short where heads are not `whole` vectors.
   template <bool whole>
-  ENCDEC_INLINE Float head_vector(const float* head, int64_t a) const {
-    if constexpr (whole) return load(head + a);
-    return load_lanes(head + a, lanes_left(a, s_.head_size));
+  ENCDEC_INLINE Float head_vector(const char* head, int64_t a) const {
+    return load_as(kKept, head + a * kKeptBytes, whole ? kLanes : lanes_left(a, s_.head_size));
   }
 
   static ENCDEC_INLINE Float dot(Float sum, Float q, Float k, int64_t) { return fma(q, k, sum); }
@@ -204,13 +204,13 @@ class TransformerRun {
   template <bool whole>
   void attend_self(int64_t l, int64_t r, int64_t head) const {
     const int64_t n = s_.position + 1, size = s_.head_size;
-    const float** const keys = own<const float*>(places_.keys);
-    const float** const values = own<const float*>(places_.values);
+    const char** const keys = own<const char*>(places_.keys);
+    const char** const values = own<const char*>(places_.values);
     const int32_t* const ancestors = s_.ancestors + r * s_.ancestor_stride;
     for (int64_t t = 0; t < n; ++t) {
       const int64_t row = t == s_.position ? r : ancestors[t];
-      keys[t] = cached(t, l, 0, row) + head * size;
-      values[t] = cached(t, l, 1, row) + head * size;
+      keys[t] = cached(t, l, 0, row) + head * size * kKeptBytes;
+      values[t] = cached(t, l, 1, row) + head * size * kKeptBytes;
     }
     for (int64_t t = n; t < round_up(n, kTile); ++t) keys[t] = keys[0];
     float* const query = own<float>(places_.query);
@@ -237,7 +237,7 @@ class TransformerRun {
   template <int NV, bool whole>
   void sum_values(int64_t n, int64_t c, float* to) const {
     const float* const scores = own<float>(places_.scores);
-    const float* const* const values = own<const float*>(places_.values);
+    const char* const* const values = own<const char*>(places_.values);
     Float sums[2][NV];  // two runs hide the latency of the multiply-add
     for (int v = 0; v < NV; ++v) sums[0][v] = sums[1][v] = zero();
     const auto add_one = [&](int64_t t, int run) __attribute__((always_inline)) {
@@ -274,7 +274,7 @@ class TransformerRun {
 
   void attend_memory(const TransformerLayer& w, bool last) const {
     const int32_t* const starts = own<int32_t>(places_.groups);
-    float* const weights = last ? s_.attention : nullptr;
+    float* const weights = last ? s_.scores.attention : nullptr;
     const int64_t heads = weights ? 1 : s_.heads;  // who sums weights has all heads of a row
     team_.each(groups_ * heads, [&](int64_t u) {
       const int64_t first = starts[u / heads], rows = starts[u / heads + 1] - first;
@@ -295,14 +295,15 @@ class TransformerRun {
                     float* weights) const {
     using attention::ENCDEC_ISA_NAMESPACE::kTileQueries;
     const int64_t sentence = s_.sentences[first], size = s_.head_size;
-    const int64_t n = s_.memory_lengths[sentence], at = sentence * s_.S * width_ + head * size;
+    const int64_t n = s_.memory_lengths[sentence], row_bytes = width_ * kKeptBytes;
+    const int64_t at = sentence * s_.S * row_bytes + head * size * kKeptBytes;
     if (n == 0) {  // nothing to attend to
       for (int64_t r = first; r < first + rows; ++r) {
         std::memset(a_.at(r) + head * size, 0, static_cast<size_t>(size * 4));
       }
       return;
     }
-    const float* const keys = w.memory_keys + at;
+    const char* const keys = w.memory_keys + at;
     float* const query = own<float>(places_.query);
     float* const scores = own<float>(places_.scores);
     const int64_t stride = row_floats(size), whole = round_up(size, kLanes);
@@ -313,7 +314,7 @@ class TransformerRun {
     all_sums(
         query, stride, rows, n, whole, scores, places_.score_stride,
         [&](int64_t j, int64_t a) __attribute__((always_inline)) {
-          return head_vector<whole_head>(keys + std::min(j, n - 1) * width_, a);
+          return head_vector<whole_head>(keys + std::min(j, n - 1) * row_bytes, a);
         },
         [](Float sum, Float q, Float k, int64_t a)
             __attribute__((always_inline)) { return dot(sum, q, k, a); });
@@ -324,11 +325,10 @@ class TransformerRun {
       float* const to = weights + (first + r) * s_.S;
       for (int64_t t = 0; t < n; ++t) to[t] += row[t] / static_cast<float>(s_.heads);
     }
-    weigh<Format::kFloat32>(rows, scores, places_.score_stride, 1, n,
-                            reinterpret_cast<const char*>(w.memory_values + at), width_ * 4, size,
-                            [&](int64_t r, int64_t c, Float sum, int lanes) {
-                              store_lanes(a_.at(first + r) + head * size + c, sum, lanes);
-                            });
+    weigh<kKept>(rows, scores, places_.score_stride, 1, n, w.memory_values + at, row_bytes, size,
+                 [&](int64_t r, int64_t c, Float sum, int lanes) {
+                   store_lanes(a_.at(first + r) + head * size + c, sum, lanes);
+                 });
   }
 
   void feed_forward(const TransformerLayer& w) const {

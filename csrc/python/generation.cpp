@@ -120,8 +120,8 @@ std::shared_ptr<TransformerModel> transformer_model(const py::dict& sizes, const
     layer.gate = l.projection("gate");
     layer.down = l.projection("down");
     model->layers.push_back(layer);
-    model->memory.push_back({l.projection("memory_key"), l.projection("memory_value")});
-    model->memory_size = model->memory.back().keys.K;
+    model->memory.push_back(l.projection("memory_key"));
+    model->memory.push_back(l.projection("memory_value"));
   }
   watch(model->weights, watched);
   return model;
@@ -171,13 +171,14 @@ class PythonDecoder : public Decoder {
   int64_t vocabulary() const override { return vocabulary_; }
   int64_t attention_size() const override { return attention_size_; }
   int64_t source_length(int64_t b) const override { return lengths_[static_cast<size_t>(b)]; }
-  void step(const StepRows& rows, float* logits, int64_t stride, float* attention) override {
+  void step(const StepRows& rows, const StepScores& scores) override {
     const py::gil_scoped_acquire locked;
     const auto list = [&](const int32_t* from) {
       return std::vector<int32_t>(from, from + rows.count);
     };
     step_(list(rows.tokens), list(rows.parents), list(rows.sentences), rows.position,
-          reinterpret_cast<intptr_t>(logits), stride, reinterpret_cast<intptr_t>(attention));
+          reinterpret_cast<intptr_t>(scores.logits), scores.stride,
+          reinterpret_cast<intptr_t>(scores.attention));
   }
 
  private:

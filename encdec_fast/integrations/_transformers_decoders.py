@@ -24,7 +24,7 @@ from encdec_fast.nn._parts import LISTENERS
 # Once a call has asked for attentions, these hooks stay; they do nothing unless a call asks again.
 _CAPTURE = "transformers.utils.output_capturing"
 
-_ACTIVATIONS = {
+ACTIVATIONS = {
     "ReLU": "relu",
     "GELUActivation": "gelu",
     "GELU": "gelu",
@@ -140,14 +140,14 @@ def _only(values: Iterable[Any], what: str) -> Any:
 
 def _activation(function: Any) -> str:
     kind = type(function)
-    if kind.__name__ not in _ACTIVATIONS or kind.__module__.split(".")[0] not in (
+    if kind.__name__ not in ACTIVATIONS or kind.__module__.split(".")[0] not in (
         "torch",
         "transformers",
     ):
         raise NotDescribed(f"the activation {getattr(function, '__name__', kind.__name__)}")
     if getattr(function, "approximate", "none") == "tanh":
         return "gelu_tanh"
-    return _ACTIVATIONS[kind.__name__]
+    return ACTIVATIONS[kind.__name__]
 
 
 def _embedding(module: Any, *kinds: type) -> Tensor:

@@ -25,6 +25,7 @@ from encdec_fast.backends import Backend, Description, library, requested_backen
 from encdec_fast.generation import NotDescribed, TransformerDecoder, engine
 from encdec_fast.generation._snapshot import Snapshot
 from encdec_fast.generation.generate import WEIGHT_DTYPES
+from encdec_fast.integrations import _transformers_encoders as encoders
 from encdec_fast.integrations import _transformers_requests as requests
 from encdec_fast.integrations._transformers_decoders import SUPPORTED, Kept, by_distance, describe
 from encdec_fast.ops import _packing
@@ -293,9 +294,10 @@ def optimize(model: _M, weight_dtype: torch.dtype | str | None = None) -> _M:
     weight_dtype: in which the weights are held for generate: None (as in the model),
         torch.bfloat16 or "int8". The parameters keep theirs.
 
-    The decoder's weights are packed in the first call, and anew when they change; the encoder's
-    modules become this package's, as `encdec_fast.optimize` makes them: with a weight_dtype they
-    raise RuntimeError where a gradient is needed, so `restore` before training. Doing it again
+    The decoder's weights are packed in the first call, and anew when they change. The encoder's
+    modules become this package's, as `encdec_fast.optimize` makes them, and its layers, but T5's,
+    compute activation, residual and norm where the products are: with a weight_dtype they raise
+    RuntimeError where a gradient is needed, so `restore` before training. Doing it again
     changes weight_dtype. Copies and pickles of the model are optimized models too.
 
     What the engine does not do, such as stopping criteria of your own, scores of each step,
@@ -312,6 +314,7 @@ def optimize(model: _M, weight_dtype: torch.dtype | str | None = None) -> _M:
     if not isinstance(changed.__dict__.get("generate"), Generate | None):
         raise RuntimeError(f"optimize: this {type(model).__name__} has a generate of its own")
     nn.optimize(changed.get_encoder(), weight_dtype)
+    encoders.fuse(changed.get_encoder())
     ops.repack(changed.get_encoder())  # what was packed in another weight_dtype
     changed.generate = Generate(model, weight_dtype)
     return model
@@ -323,6 +326,7 @@ def restore(model: _M) -> _M:
     changed: Any = model
     if isinstance(changed.__dict__.get("generate"), Generate):
         del changed.generate
+        encoders.restore(changed.get_encoder())
         nn.restore(changed.get_encoder())
         ops.repack(changed.get_encoder())
     return model

@@ -18,6 +18,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from examples.g2p import Trouble
 from examples.g2p_model import checkpoint
 from examples.g2p_model.data import PADDING, Batch, Pair, Sounds, Split, batches, pairs
+from examples.g2p_model.dropout import use_byte_dropout
 from examples.g2p_model.pronounce import error_rates, pronounce
 
 
@@ -106,6 +107,7 @@ class Trainer:
         self.settings, self.data, self.progress = settings, data, Progress()
         torch.manual_seed(settings.seed)
         self.model = checkpoint.build(settings.model, settings.arguments)
+        use_byte_dropout(self.model)
         if settings.weights:
             self.start_from(Path(settings.weights))
         average = get_ema_multi_avg_fn(settings.average)

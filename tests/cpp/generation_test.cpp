@@ -13,6 +13,7 @@
 #include <functional>
 #include <limits>
 #include <memory>
+#include <numeric>
 
 #include "buffers.h"
 #include "check.h"
@@ -44,14 +45,14 @@ class Toy : public Decoder {
   int64_t vocabulary() const override { return kTokens; }
   int64_t attention_size() const override { return 3; }
   int64_t source_length(int64_t b) const override { return b % 3; }
-  void step(const StepRows& rows, float* logits, int64_t stride, float* attention) override {
+  void step(const StepRows& rows, const StepScores& to) override {
     if (rows.position == fail_at) throw std::out_of_range("the toy");
     for (int64_t r = 0; r < rows.count; ++r) {
       CHECK(rows.position == 0 || (rows.parents[r] >= 0 && rows.parents[r] < rows_before));
       CHECK(r == 0 || rows.sentences[r] >= rows.sentences[r - 1]);
       const float* const from = after(rows.sentences[r], rows.position, rows.tokens[r]);
-      std::copy_n(from, kTokens, logits + r * stride);
-      if (attention) std::fill_n(attention + r * 3, 3, 1.0f / 3.0f);
+      std::copy_n(from, kTokens, to.logits + r * to.stride);
+      if (to.attention) std::fill_n(to.attention + r * 3, 3, 1.0f / 3.0f);
     }
     rows_before = rows.count;
   }
@@ -184,16 +185,39 @@ struct Row {
   Tokens history;
 };
 
+// What a scan says of a row, against the row itself.
+void check_scan(const float* row, int64_t size, const RowScans& scans, int64_t r) {
+  std::vector<int32_t> order(static_cast<size_t>(size));
+  std::iota(order.begin(), order.end(), 0);
+  std::stable_sort(order.begin(), order.end(), [&](int a, int b) { return row[a] > row[b]; });
+  double sum = 0.0;
+  for (int64_t i = 0; i < size; ++i) sum += std::exp(double(row[i]));
+  CHECK_NEAR(scans.log_sums[r], std::log(sum), 1e-5);
+  CHECK_EQ(scans.counts[r], std::min(size, scans.kept));
+  for (int64_t i = 0; i < scans.counts[r]; ++i) {
+    const int32_t place = scans.places[r * scans.kept + i];
+    CHECK_EQ(place, order[static_cast<size_t>(i)]);
+    CHECK_EQ(scans.numbers[r * scans.kept + i], row[place]);
+  }
+}
+
 // One step in buffers of exactly its sizes, and a sentinel behind every row of scores.
 Numbers step(Decoder& decoder, const StepRows& rows, const Batch& batch, Numbers* attention) {
-  const int64_t stride = round_up(batch.V, 64) + 64;
-  Numbers logits(static_cast<size_t>(rows.count * stride), kSentinel), found;
+  const int64_t stride = round_up(batch.V, 64) + 64, kept = random_below(12);
+  const size_t count = static_cast<size_t>(rows.count);
+  Numbers logits(count * static_cast<size_t>(stride), kSentinel), found, log_sums(count),
+      numbers(count * static_cast<size_t>(kept));
+  Tokens places(numbers.size()), counts(count);
   attention->assign(static_cast<size_t>(rows.count * decoder.attention_size()), kSentinel);
-  decoder.step(rows, logits.data(), stride, attention->empty() ? nullptr : attention->data());
+  const RowScans scans{kept, log_sums.data(), numbers.data(), places.data(), counts.data()};
+  decoder.step(rows,
+               {logits.data(), stride, attention->empty() ? nullptr : attention->data(), scans});
+  CHECK(decoder.scans());
   for (int64_t r = 0; r < rows.count; ++r) {
     const float* const row = &logits[static_cast<size_t>(r * stride)];
     found.insert(found.end(), row, row + batch.V);
     CHECK(std::all_of(row + batch.V, row + stride, [](float x) { return x == kSentinel; }));
+    check_scan(row, batch.V, scans, r);
   }
   return found;
 }
@@ -328,7 +352,7 @@ Batch transformer(Format format, bool norm_first, int64_t B, int64_t S, int64_t 
     if (norm_first) layer.gate = projection(w, F, D);
     layer.down = projection(w, D, F);
     model->layers.push_back(layer);
-    model->memory.push_back({projection(w, width, D + 3), projection(w, width, D + 3)});
+    for (int i = 0; i < 2; ++i) model->memory.push_back(projection(w, width, D + 3));
   }
   Batch batch{B, S, lengths_of(B, S), V, limit, tolerance_of(format), {}};
   const Numbers memory = random_floats(B * S * (D + 3));
