@@ -75,6 +75,7 @@ bench-rnn: $(STAMPS)/built $(STAMPS)/req-bench ## Measure LSTM, GRU and RNN besi
 .PHONY: bench-attention bench-bridge bench-generation bench-linear bench-transformer
 bench-attention bench-bridge bench-generation bench-linear bench-transformer: bench-%: $(STAMPS)/built $(STAMPS)/req-bench
 	$(BENCH_ENV) $(PY) -m benchmarks.report $* $(BENCH_ARGS)
+bench-generation: $(STAMPS)/req-demo-data
 bench-attention: ## Measure additive and scaled dot-product attention beside torch
 bench-bridge: ## Measure the attention decoder and the bridges beside torch
 bench-transformer: ## Measure a Transformer's encoder beside torch

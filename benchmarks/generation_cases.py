@@ -3,22 +3,28 @@
 from __future__ import annotations
 
 import copy
+import itertools
+import random
 from collections.abc import Callable
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence, pad_sequence
 
 import encdec_fast
 from benchmarks.op_case import Contender, Op, OpCase, Results, Work
 from encdec_fast.generation import generate
 from encdec_fast.models import RecurrentEncoderDecoder
+from examples import g2p
+from examples.g2p_model import checkpoint, data, pronounce
 
 VOCABULARY, SOURCE, TARGET = 32000, 20, 32  # of translation
 RECURRENT_VOCABULARY, RECURRENT_SOURCE, RECURRENT_TARGET = 8000, 25, 25
-WORD, SOUNDS = 8, 8  # letters and phonemes of a word
+WORDS = 64  # of the example's test words, in all cases of pronunciation
 WEIGHTS: dict[str, Any] = {"float32": None, "bfloat16": torch.bfloat16, "int8": "int8"}
 
 
@@ -101,13 +107,14 @@ def _translation(case: OpCase) -> Work:
 class _Beams(nn.Module):
     """Beam search in a torch loop for RecurrentEncoderDecoder: cached keys, vectorised beams.
 
-    Its modules are torch's own. Greedy with one beam.
+    Its modules are torch's own. It takes as many steps as are asked for, and never ends before.
+    With one beam it is greedy, and ends where every sentence has.
     """
 
-    def __init__(self, model: RecurrentEncoderDecoder, steps: int, end: int) -> None:
+    def __init__(self, model: RecurrentEncoderDecoder, steps: int, start: int, end: int) -> None:
         super().__init__()
         self.plain = encdec_fast.restore(copy.deepcopy(model))
-        self.steps, self.end = steps, end
+        self.steps, self.start, self.end = steps, start, end
         own = model.encoder
         self.encoder = nn.LSTM(
             own.input_size, own.hidden_size, own.num_layers, batch_first=True, bidirectional=True
@@ -123,10 +130,19 @@ class _Beams(nn.Module):
             self.upper.load_state_dict(named)
         self.eval().requires_grad_(False)
 
-    def forward(self, source: Tensor, beams: int) -> Tensor:
+    def forward(self, source: Tensor, beams: int, lengths: Tensor | None = None) -> Tensor:
+        """lengths: of the sentences, where they are unequal."""
         model = self.plain
         b, attention = source.shape[0], model.decoder.cell.attention
-        memory, state = self.encoder(F.embedding(source, model.source_embedding.weight))
+        embedded = F.embedding(source, model.source_embedding.weight)
+        outside = None
+        if lengths is None:
+            memory, state = self.encoder(embedded)
+        else:
+            packed = pack_padded_sequence(embedded, lengths, True, enforce_sorted=False)
+            memory, state = self.encoder(packed)
+            memory = pad_packed_sequence(memory, batch_first=True)[0]
+            outside = (torch.arange(source.shape[1]) >= lengths.unsqueeze(1)).unsqueeze(2)
         pairs = [part.unflatten(0, (-1, 2)).transpose(1, 2).flatten(2) for part in state]
         linears = (model.bridge.hidden_proj, model.bridge.cell_proj)
         h, c = (
@@ -137,27 +153,33 @@ class _Beams(nn.Module):
         keys = F.linear(memory, attention.memory_proj.weight)
         states = [t.repeat_interleave(beams, 0) for layer in zip(h, c, strict=True) for t in layer]
         context = memory.new_zeros(b * beams, memory.shape[2])
-        tokens = torch.zeros(b * beams, dtype=torch.int64)
+        tokens = torch.full((b * beams,), self.start)
         scores = torch.full((b, beams), -1e9)
         scores[:, 0] = 0
         first_row = torch.arange(b).unsqueeze(1) * beams
         written = tokens.unsqueeze(1)
+        ended = torch.zeros(b, dtype=torch.bool)
         for _ in range(self.steps):
             x = F.embedding(tokens, model.target_embedding.weight)
             states[:2] = self.cell(torch.cat([x, context], 1), tuple(states[:2]))
             query = F.linear(states[0], attention.query_proj.weight).unsqueeze(1)
-            weights = F.linear(torch.tanh(query + keys), attention.score.weight).softmax(1)
-            context = (weights.transpose(1, 2) @ memory).squeeze(1)
+            found = F.linear(torch.tanh(query + keys), attention.score.weight)
+            if outside is not None:
+                found = found.masked_fill(outside, -torch.inf)
+            context = (found.softmax(1).transpose(1, 2) @ memory).squeeze(1)
             if self.upper is not None:
                 given = torch.cat([states[0], context], 1)
                 states[2:] = self.upper(given, tuple(states[2:]))
             top = torch.cat([states[-2], context], 1)
             logits = F.linear(top, model.output.weight, model.output.bias)
-            logits[:, self.end] = -torch.inf
             if beams == 1:
                 tokens = logits.argmax(-1)
                 written = torch.cat([written, tokens.unsqueeze(1)], 1)
+                ended |= tokens == self.end
+                if bool(ended.all()):
+                    break
                 continue
+            logits[:, self.end] = -torch.inf
             log_probs = logits.log_softmax(-1)
             sums = scores.unsqueeze(-1) + log_probs.view(b, beams, -1)
             scores, places = sums.flatten(1).topk(beams)
@@ -169,17 +191,28 @@ class _Beams(nn.Module):
         return written[::beams]
 
 
-def _recurrent(
-    case: OpCase, model: RecurrentEncoderDecoder, source: Tensor, beams: int, steps: int, end: int
-) -> Work:
-    loop = _Beams(model, steps, end)
+@cache
+def _recurrent_model() -> RecurrentEncoderDecoder:
+    torch.manual_seed(0)
+    v = RECURRENT_VOCABULARY
+    model = RecurrentEncoderDecoder(v, v, 512, 512, encoder_layers=2, decoder_layers=2)
+    return model.eval().requires_grad_(False)
+
+
+def _recurrent_translation(case: OpCase) -> Work:
+    """2-layer BiLSTM 512, additive attention 512, 2-layer LSTM 512 fed its context, 8k tokens."""
+    b, beams = case.shape
+    torch.manual_seed(1)
+    source = torch.randint(2, RECURRENT_VOCABULARY, (b, RECURRENT_SOURCE))
+    model, start, end = _recurrent_model(), 0, 1
+    loop = _Beams(model, RECURRENT_TARGET, start, end)
     ours = encdec_fast.optimize(copy.deepcopy(model), WEIGHTS[case.dtype])
     options = {
-        "decoder_start_token_id": 0,
+        "decoder_start_token_id": start,
         "eos_token_id": end,
         "suppress_tokens": [end],
         "num_beams": beams,
-        "max_new_tokens": steps,
+        "max_new_tokens": RECURRENT_TARGET,
         "length_penalty": 0.0,
     }
 
@@ -200,30 +233,57 @@ def _recurrent(
 
 
 @cache
-def _recurrent_model() -> RecurrentEncoderDecoder:
-    torch.manual_seed(0)
-    v = RECURRENT_VOCABULARY
-    model = RecurrentEncoderDecoder(v, v, 512, 512, encoder_layers=2, decoder_layers=2)
-    return model.eval().requires_grad_(False)
-
-
-def _recurrent_translation(case: OpCase) -> Work:
-    """2-layer BiLSTM 512, additive attention 512, 2-layer LSTM 512 fed its context, 8k tokens."""
-    b, beams = case.shape
-    torch.manual_seed(1)
-    source = torch.randint(2, RECURRENT_VOCABULARY, (b, RECURRENT_SOURCE))
-    return _recurrent(case, _recurrent_model(), source, beams, RECURRENT_TARGET, 1)
+def _pronouncer() -> tuple[RecurrentEncoderDecoder, list[tuple[Tensor, Tensor]], int, int]:
+    """The recurrent model of examples/g2p_model, words that it was not trained on, one by one as
+    (letters, length), and the numbers of their letters and of the phonemes that it writes.
+    """
+    path = Path(checkpoint.__file__).parent / "recurrent.safetensors"
+    model: Any = checkpoint.load_model(path)[0].requires_grad_(False)
+    words = random.Random(0).sample(sorted(data.load_split().test), WORDS)
+    sounds = pronounce.pronounce(model, words)
+    written = sum(len(found) + 1 for found in sounds.values())
+    singles = [data.encode_words([word]) for word in words]
+    return model, singles, sum(int(length) for _, length in singles), written
 
 
 def _pronunciation(case: OpCase) -> Work:
-    """The size of the recurrent model of examples/g2p_model, greedy, on words of one length."""
-    b, beams = case.shape
-    torch.manual_seed(0)
-    model = RecurrentEncoderDecoder(
-        29, 74, 128, 256, encoder_layers=2, encoder_hidden_size=192, attention_size=128
-    )
-    model.eval().requires_grad_(False)
-    return _recurrent(case, model, torch.randint(3, 29, (b, WORD)), beams, SOUNDS, 1)
+    """The recurrent model of examples/g2p_model, greedy, on words of unequal length, to their ends.
+
+    64 words, so many of them in a call: one by one, or all at once.
+    """
+    model, singles, *_ = _pronouncer()
+    calls = singles
+    if case.shape[0] > 1:
+        letters = [source[0] for source, _ in singles]
+        lengths = torch.cat([length for _, length in singles])
+        calls = [(pad_sequence(letters, batch_first=True), lengths)]
+    loop = _Beams(model, data.MAX_LENGTH, g2p.START, g2p.END)
+    ours = encdec_fast.optimize(copy.deepcopy(model))
+
+    def torch_loop() -> list[Tensor]:
+        with torch.inference_mode():
+            return [
+                loop(source, 1, lengths if len(source) > 1 else None) for source, lengths in calls
+            ]
+
+    def engine() -> list[Tensor]:
+        found = (generate(ours, s, pronounce.CONFIG, source_lengths=n) for s, n in calls)
+        return [output.sequences for output in found]
+
+    def results(found: list[Tensor]) -> Results:
+        sounds = [
+            [*itertools.takewhile(lambda token: token != g2p.END, row[1:].tolist())]
+            for part in found
+            for row in part
+        ]
+        rows = [torch.tensor(row, dtype=torch.float32) for row in sounds]
+        return {"tokens": pad_sequence(rows, batch_first=True)}
+
+    contenders = [
+        Contender("torch", torch_loop, results),
+        Contender("encdec_fast", engine, results),
+    ]
+    return Work(contenders, results(torch_loop()))
 
 
 def flops(case: OpCase) -> int:
@@ -239,7 +299,8 @@ def flops(case: OpCase) -> int:
         return 2 * b * (RECURRENT_SOURCE * encoder + RECURRENT_TARGET * beams * step)
     encoder = 2 * 4 * 192 * (128 + 192) + 2 * 4 * 192 * (384 + 192) + 384 * 128
     step = 4 * 256 * (512 + 256) + 256 * 128 + 640 * 74
-    return 2 * b * (WORD * encoder + SOUNDS * beams * step)
+    _, _, letters, sounds = _pronouncer()
+    return 2 * (letters * encoder + sounds * step)
 
 
 MAKERS: dict[Op, Callable[[OpCase], Work]] = {
