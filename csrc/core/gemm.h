@@ -30,8 +30,9 @@ struct RowsView {
 // grows with the length of one run.
 constexpr int64_t kSumGroups = 512;
 
-// With `onto`, the result is added to what stands in `out` (not for int8).
-template <Format format, int MR, int NV>
+// With `onto`, the result is added to what stands in `out` (not for int8). With `ahead`, the panel
+// behind this one is asked for meanwhile: for whom weights come from memory and rows are few.
+template <Format format, int MR, int NV, bool ahead = false>
 __attribute__((noinline)) void multiply_tile(const PackedView& w, int64_t panel, RowsView x,
                                              float* out, int64_t out_stride, bool onto = false) {
   using D = Dot<format>;
@@ -66,6 +67,7 @@ __attribute__((noinline)) void multiply_tile(const PackedView& w, int64_t panel,
 #pragma GCC unroll 4
       for (int v = 0; v < NV; ++v) {
         weight[v] = D::weights(p + v * kLanes * weight_group_bytes(format));
+        if constexpr (ahead) __builtin_prefetch(p + w.panel_bytes + v * 64, 0, 2);
       }
 #pragma GCC unroll 16
       for (int r = 0; r < MR; ++r) {
@@ -103,14 +105,14 @@ __attribute__((noinline)) void multiply_tile(const PackedView& w, int64_t panel,
   }
 }
 
-template <Format format, int NV, int MR = max_tile_rows(NV)>
+template <Format format, int NV, bool ahead = false, int MR = max_tile_rows(NV)>
 ENCDEC_INLINE void multiply_rows(int rows, const PackedView& w, int64_t panel, RowsView x,
                                  float* out, int64_t out_stride, bool onto = false) {
   if constexpr (MR > 0) {
     if (rows == MR) {
-      multiply_tile<format, MR, NV>(w, panel, x, out, out_stride, onto);
+      multiply_tile<format, MR, NV, ahead>(w, panel, x, out, out_stride, onto);
     } else {
-      multiply_rows<format, NV, MR - 1>(rows, w, panel, x, out, out_stride, onto);
+      multiply_rows<format, NV, ahead, MR - 1>(rows, w, panel, x, out, out_stride, onto);
     }
   }
 }

@@ -1,16 +1,13 @@
 #include "generation/search.h"
 
 #include <algorithm>
-#include <atomic>
 #include <chrono>
 #include <cmath>
-#include <exception>
 #include <limits>
 #include <random>
 #include <string>
 
-#include "core/team.h"
-#include "generation/candidates.h"
+#include "generation/scores.h"
 #include "generation/tree.h"
 
 namespace encdec::generation {
@@ -65,38 +62,31 @@ class Search {
         options_(options),
         observer_(observer),
         timing_(timing),
-        vocabulary_(decoder.vocabulary()),
-        stride_((vocabulary_ + 63) / 64 * 64),
-        constraints_(options, vocabulary_),
+        constraints_(options, decoder.vocabulary()),
         beams_(options.beams > 1),
         attention_size_(options.need_attention || options.coverage_penalty > 0.0
                             ? decoder.attention_size()
                             : 0),
         tree_(attention_size_),
+        draws_(options.sample && !beams_ ? options.returned : 1),
+        scores_(options, constraints_, decoder,
+                static_cast<int64_t>(requests.size()) * draws_ * options.beams, attention_size_),
         results_(requests.size()) {
-    const int64_t draws = options.sample && !beams_ ? options.returned : 1;
-    const int64_t count = static_cast<int64_t>(requests.size()) * draws;
+    const int64_t count = static_cast<int64_t>(requests.size()) * draws_;
     sentences_.reserve(static_cast<size_t>(count));
     for (int64_t i = 0; i < count; ++i) {
       Sentence s;
-      s.source = i / draws;
-      s.draw = i % draws;
+      s.source = i / draws_;
+      s.draw = i % draws_;
       s.request = &requests[static_cast<size_t>(s.source)];
       s.limit = options.limit(s.prompt());
       if (options.sample) seed(s);
       s.open.push_back({Tree::kRoot, 0.0, static_cast<int32_t>(i)});
-      results_[static_cast<size_t>(s.source)].resize(static_cast<size_t>(draws));
+      results_[static_cast<size_t>(s.source)].resize(static_cast<size_t>(draws_));
       sentences_.push_back(std::move(s));
       if (sentences_.back().limit <= sentences_.back().prompt()) give_up(sentences_.back());
     }
     leave();
-    const size_t rows = static_cast<size_t>(count * options.beams);
-    logits_.resize(rows * static_cast<size_t>(stride_));
-    attention_.resize(rows * static_cast<size_t>(attention_size_));
-    found_.resize(rows);
-    for (int i = 0; i < options.threads; ++i) {
-      finders_.push_back({Candidates(options, constraints_, vocabulary_), {}, nullptr});
-    }
   }
 
   std::vector<std::vector<Hypothesis>> run() {
@@ -108,7 +98,9 @@ class Search {
       const auto before = Clock::now();
       const StepRows rows{static_cast<int64_t>(tokens_.size()), position, tokens_.data(),
                           parents_.data(), sources_.data()};
-      decoder_.step(rows, scores(rows.count));
+      histories_.clear();
+      for (const Sentence& s : sentences_) histories_.push_back(history(s, nullptr));
+      decoder_.step(rows, scores_.next(histories_));
       const auto between = Clock::now();
       find_candidates();
       int64_t row = 0;
@@ -159,72 +151,26 @@ class Search {
     return std::equal(first, first + s.written(), prefix.begin()) ? prefix[written] : -1;
   }
 
-  // Where the decoder writes.
-  StepScores scores(int64_t rows) {
-    StepScores to;
-    to.logits = logits_.data();
-    to.stride = stride_;
-    to.attention = attention_size_ ? attention_.data() : nullptr;
-    if (!decoder_.scans()) return to;
-    log_sums_.resize(static_cast<size_t>(rows));
-    counts_.resize(static_cast<size_t>(rows));
-    numbers_.resize(static_cast<size_t>(rows * kMostKept));
-    places_.resize(static_cast<size_t>(rows * kMostKept));
-    kept_ = 0;
-    for (const Sentence& s : sentences_) {
-      kept_ = std::max(kept_, finders_[0].candidates.kept(history(s, nullptr)));
-    }
-    to.scans = {kept_, log_sums_.data(), numbers_.data(), places_.data(), counts_.data()};
-    return to;
-  }
-
   static History history(const Sentence& s, const int32_t* tokens) {
     return {tokens, s.length, s.prompt(), s.limit};
   }
 
-  // What may follow each row, by the members of a team.
+  // What may follow each row.
   void find_candidates() {
     owners_.clear();
     for (const Sentence& s : sentences_) {
       for (const Open& open : s.open) owners_.push_back({&s, open.node});
     }
-    const int64_t rows = static_cast<int64_t>(owners_.size());
     const bool reads = constraints_.reads_tokens() || options_.prefix_bias > 0.0;
-    std::atomic<bool> good{true};
-    const auto find = [&](Finder& own, int64_t first, int64_t end) {
-      for (int64_t r = first; r < end; ++r) {
-        const auto [s, node] = owners_[static_cast<size_t>(r)];
-        if (s->length < s->prompt()) continue;
-        if (reads) {
-          own.tokens = s->request->prompt;
-          tree_.append(node, &own.tokens);
-        }
-        const History h = history(*s, own.tokens.data());
-        const int32_t biased = reads ? biased_token(*s, own.tokens) : -1;
-        float* const row = logits_.data() + r * stride_;
-        std::vector<Candidate>* const found = &found_[static_cast<size_t>(r)];
-        if (decoder_.scans()) {
-          const size_t i = static_cast<size_t>(r), first = i * static_cast<size_t>(kept_);
-          const Scanned scanned{log_sums_[i], &numbers_[first], &places_[first], counts_[i], kept_};
-          if (!own.candidates.find(h, row, &scanned, biased, found)) good = false;
-        } else if (!own.candidates.find(h, row, nullptr, biased, found)) {
-          good = false;
-        }
-      }
+    const auto asked = [&](int64_t row, Tokens* tokens) -> Scores::Asked {
+      const auto [s, node] = owners_[static_cast<size_t>(row)];
+      if (s->length < s->prompt()) return {};
+      if (!reads) return {history(*s, nullptr), -1};
+      *tokens = s->request->prompt;
+      tree_.append(node, tokens);
+      return {history(*s, tokens->data()), biased_token(*s, *tokens)};
     };
-    auto body = [&](int rank, int size) {
-      Finder& own = finders_[static_cast<size_t>(rank)];
-      try {
-        find(own, rows * rank / size, rows * (rank + 1) / size);
-      } catch (...) {  // nothing may leave a team
-        own.error = std::current_exception();
-      }
-    };
-    run_team(static_cast<int>(std::min<int64_t>(options_.threads, rows)), body);
-    for (const Finder& own : finders_) {
-      if (own.error) std::rethrow_exception(own.error);
-    }
-    if (!good) {
+    if (!scores_.find(static_cast<int64_t>(owners_.size()), asked)) {
       throw std::runtime_error("the decoder's scores of token " +
                                std::to_string(sentences_[0].length) + " are NaN or infinite");
     }
@@ -257,7 +203,7 @@ class Search {
   }
 
   int32_t write(const Open& open, int32_t token, float log_prob, int64_t row) {
-    return tree_.add(open.node, token, log_prob, attention_.data() + row * attention_size_);
+    return tree_.add(open.node, token, log_prob, scores_.attention(row));
   }
 
   // A draw by which the largest of `score + draw` has the distribution exp(score), and the n
@@ -268,7 +214,7 @@ class Search {
   }
 
   void choose_one(Sentence& s, int64_t row) {
-    const std::vector<Candidate>& found = found_[static_cast<size_t>(row)];
+    const std::vector<Candidate>& found = scores_.found(row);
     const Open open = s.open[0];
     s.open.clear();
     if (found.empty()) {
@@ -296,7 +242,7 @@ class Search {
   void find_continuations(Sentence& s, int64_t first) {
     all_.clear();
     for (size_t beam = 0; beam < s.open.size(); ++beam) {
-      const std::vector<Candidate>& found = found_[static_cast<size_t>(first) + beam];
+      const std::vector<Candidate>& found = scores_.found(first + static_cast<int64_t>(beam));
       if (found.empty()) {
         const Open& open = s.open[beam];
         s.stuck.push_back({open.node, rank(s, open.node, open.score, s.written() - 1)});
@@ -450,31 +396,21 @@ class Search {
     const Sentence* sentence;
     int32_t node;
   };
-  struct Finder {
-    Candidates candidates;
-    Tokens tokens;
-    std::exception_ptr error;
-  };
-
   Decoder& decoder_;
   const Options& options_;
   Observer& observer_;
   Timing* const timing_;
-  const int64_t vocabulary_, stride_;
   const Constraints constraints_;
   const bool beams_;
   const int64_t attention_size_;
   bool late_ = false;
   Tree tree_;
+  const int64_t draws_;  // of each sentence
+  Scores scores_;
   std::vector<Sentence> sentences_;  // that are not finished
-  std::vector<float> logits_, attention_;
-  int64_t kept_ = 0;  // of each row by the decoder's scan
-  std::vector<float> log_sums_, numbers_;
-  Tokens places_, counts_;
   Tokens tokens_, parents_, sources_;
   std::vector<Owner> owners_;
-  std::vector<Finder> finders_;
-  std::vector<std::vector<Candidate>> found_;  // of each row
+  std::vector<History> histories_;
   std::vector<Continuation> all_;
   std::vector<Open> before_;
   std::vector<std::vector<Hypothesis>> results_;

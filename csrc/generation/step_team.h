@@ -119,6 +119,9 @@ class StepTeam {
   void multiply(const Projection& p, const StagedRows& x, int64_t rows, int64_t first_panel,
                 int64_t end_panel, const Put& put) const {
     constexpr int kRows = max_tile_rows(kVectors);
+    // The first tile of a panel waits for its weights, so a later one asks for the next panel's.
+    // With many tiles that wait is a small part, and asking costs more.
+    constexpr int64_t kFewTiles = 4;
     alignas(64) float tile[kRows * kPanel];
     const auto& header = *reinterpret_cast<const linear::PackedHeader*>(p.packed);
     const PackedView weight = view(p.packed, header.weight, format, p.K, kVectors);
@@ -126,8 +129,14 @@ class StepTeam {
     for (int64_t panel = first_panel; panel < end_panel; ++panel) {
       for (int64_t i = 0; i < tiles.count; ++i) {
         const int64_t first = tiles.begin(i), end = tiles.begin(i + 1);
-        multiply_rows<format, kVectors>(static_cast<int>(end - first), weight, panel,
-                                        {x.data + first * x.stride, x.stride}, tile, kPanel);
+        const RowsView own{x.data + first * x.stride, x.stride};
+        if (i == 1 && tiles.count <= kFewTiles) {
+          multiply_rows<format, kVectors, true>(static_cast<int>(end - first), weight, panel, own,
+                                                tile, kPanel);
+        } else {
+          multiply_rows<format, kVectors>(static_cast<int>(end - first), weight, panel, own, tile,
+                                          kPanel);
+        }
         for (int v = 0; v < kVectors && panel * kPanel + v * kLanes < p.N; ++v) {
           const int64_t column = panel * kPanel + v * kLanes;
           const int lanes = lanes_left(column, p.N);
