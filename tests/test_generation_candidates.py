@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from encdec_fast import use_backend
-from encdec_fast.generation import GenerationConfig, generate
+from encdec_fast.generation import GenerationConfig, engine, generate, packed_bytes
+from encdec_fast.generation.engine import SHORTLISTS
 from encdec_fast.models import RecurrentEncoderDecoder, TransformerEncoderDecoder
 
 pytestmark = pytest.mark.usefixtures("native")
@@ -49,6 +50,15 @@ OPTIONS: dict[str, dict[str, Any]] = {
         "min_new_tokens": 9,
     },
     "shortlist": {"vocabulary": list(range(0, TOKENS, 3)), "eos_token_id": 3},
+    "short shortlist": {"vocabulary": [1200, 7, 31, 31, 2], "eos_token_id": 2},
+    "shortlist and more": {
+        "vocabulary": range(0, TOKENS, 2),
+        "suppress_tokens": MANY,
+        "repetition_penalty": 1.3,
+        "no_repeat_ngram_size": 2,
+        "eos_token_id": 402,
+        "min_new_tokens": 5,
+    },
     "prefix": {"prefix_bias": 0.4},
 }
 
@@ -82,3 +92,37 @@ def test_as_the_reference(kind: str, name: str, beams: int) -> None:
         plain = config.replace(**changes | {"eos_token_id": 0})
         without = [h for each in generate(model(kind), SENTENCES, plain).hypotheses for h in each]
         assert [h.tokens for h in ours] != [h.tokens for h in without]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, "int8"])
+@pytest.mark.parametrize("kind", ["recurrent", "transformer"])
+def test_shortlists_are_packed(kind: str, dtype: Any) -> None:
+    """Each once, the last ones kept; and no search has another's."""
+    own = model(kind)
+    config = GenerationConfig(decoder_start_token_id=1, eos_token_id=0, max_new_tokens=6)
+    name = "int8" if dtype == "int8" else str(dtype).removeprefix("torch.")
+
+    def found(vocabulary: Any = None, **options: Any) -> list[list[int]]:
+        asked = config.replace(vocabulary=vocabulary, **options)
+        output = generate(own, SENTENCES, asked, weight_dtype=dtype)
+        return [each[0].tokens for each in output.hypotheses]
+
+    plain = found()
+    alone = packed_bytes(own)[name]
+    some = list(range(0, TOKENS, 5))
+    first = found(some)
+    taken = packed_bytes(own)[name]
+    assert alone < taken < 1.5 * alone
+    assert all(token % 5 == 0 for tokens in first for token in tokens[1:])
+    assert found() == plain != first
+    assert found(some[::-1]) == first and packed_bytes(own)[name] == taken
+    for k in range(SHORTLISTS + 3):
+        tokens = [0, *range(300 + k, 400 + k)]
+        assert all(t in tokens for written in found(tokens) for t in written[1:])
+    assert len(engine._packed[own][name].shortlists) == SHORTLISTS
+    assert found(some) == first
+    with torch.no_grad():
+        own.output.weight[some] += torch.randn(len(some), own.output.weight.shape[1])
+    assert found(some) != first
+    drawn = found(some, do_sample=True, seed=3)
+    assert all(token % 5 == 0 for tokens in drawn for token in tokens[1:])

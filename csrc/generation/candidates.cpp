@@ -16,10 +16,12 @@ bool likelier(const Candidate& a, const Candidate& b) {
 
 }  // namespace
 
-Candidates::Candidates(const Options& options, const Constraints& constraints, int64_t vocabulary)
+Candidates::Candidates(const Options& options, const Constraints& constraints, int64_t vocabulary,
+                       bool masks)
     : options_(options),
       constraints_(constraints),
       vocabulary_(vocabulary),
+      masks_(masks && constraints.restricts()),
       kernels_(kernels(chosen_isa())),
       scores_(kMostByScan),
       tokens_(kMostByScan) {}
@@ -35,7 +37,7 @@ int64_t Candidates::wanted() const {
 
 // An edit may take a token from among the best: as many more are asked for.
 int64_t Candidates::kept(const History& h) const {
-  if (constraints_.restricts()) return 0;
+  if (masks_) return 0;
   const int64_t most = std::min(vocabulary_, wanted() + constraints_.most_edits(h));
   return most <= kMostKept ? most : 0;
 }
@@ -52,8 +54,8 @@ bool Candidates::find(const History& h, float* row, const Scanned* scanned, int3
     if (biased >= 0) bias(biased, kNever, found);
     return true;
   }
-  if (constraints_.restricts()) constraints_.restrict(row);
-  const bool fresh = scanned == nullptr || constraints_.restricts();
+  if (masks_) constraints_.restrict(row);
+  const bool fresh = scanned == nullptr || masks_;
   const Scanned own = fresh ? scan(row, kept(h)) : *scanned;
   if (std::isnan(own.log_sum)) return false;
   edits_.clear();

@@ -22,7 +22,9 @@ struct Scanned {
 // Of one row, from the likeliest on. A thread has its own.
 class Candidates {
  public:
-  Candidates(const Options& options, const Constraints& constraints, int64_t vocabulary);
+  // masks: rows have scores outside of the shortlist, too.
+  Candidates(const Options& options, const Constraints& constraints, int64_t vocabulary,
+             bool masks);
 
   // How many of the largest scores `find` can use; 0: none, it will read the row.
   int64_t kept(const History& h) const;
@@ -45,6 +47,7 @@ class Candidates {
   const Options& options_;
   const Constraints& constraints_;
   const int64_t vocabulary_;
+  const bool masks_;
   const Kernels& kernels_;
   std::vector<float> scores_;
   Tokens tokens_;

@@ -28,6 +28,8 @@ class Decoder {
   virtual void step(const StepRows& rows, const StepScores& scores) = 0;
   // Whether `step` fills in the scans, too.
   virtual bool scans() const { return false; }
+  // Whether it has a shortlist: it never writes other tokens' scores.
+  virtual bool restricts() const { return false; }
 };
 
 }  // namespace encdec::generation

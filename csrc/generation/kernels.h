@@ -74,6 +74,13 @@ struct RowScans {
 };
 constexpr int64_t kMostKept = 64;
 
+// The layer that makes scores. With a shortlist it has the columns of these tokens only, in rising
+// order, and what a row of scores has at other tokens stays.
+struct OutputLayer {
+  Projection projection;
+  const int32_t* tokens = nullptr;  // [projection.N]; null: all, in order
+};
+
 // What a step writes.
 struct StepScores {
   float* logits = nullptr;  // [rows][stride]: of the next token
@@ -95,7 +102,7 @@ struct TransformerStep {
   int64_t bias_length = 0;
   const TransformerLayer* layers = nullptr;
   int64_t layer_count = 0;
-  Projection output;
+  OutputLayer output;
 
   // The batch.
   int64_t S = 0;
@@ -137,7 +144,7 @@ struct RecurrentStep {
   const float* score = nullptr;  // v [A], additive
   Projection location;           // [embedding; state] to scores of positions
   bool context_in_output = true;
-  Projection output;
+  OutputLayer output;
 
   int64_t B = 0, S = 0;
   const int64_t* memory_lengths = nullptr;  // [B]

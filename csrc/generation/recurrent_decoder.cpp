@@ -19,6 +19,11 @@ RecurrentDecoder::RecurrentDecoder(std::shared_ptr<const RecurrentModel> model)
   step_.layer_count = static_cast<int64_t>(model_->layers.size());
 }
 
+void RecurrentDecoder::restrict(std::shared_ptr<const Shortlist> shortlist) {
+  shortlist_ = std::move(shortlist);
+  step_.output = shortlist_ ? shortlist_->layer : model_->step.output;
+}
+
 void RecurrentDecoder::begin(const Encoded& encoded, int64_t rows, int threads) {
   const Kernels& own = kernels(chosen_isa());
   const int64_t B = encoded.B, H = step_.H, M = step_.M, layers = step_.layer_count;
@@ -29,7 +34,7 @@ void RecurrentDecoder::begin(const Encoded& encoded, int64_t rows, int threads) 
   step_.values = encoded.memory;
   step_.state_rows = std::max(rows, B);
   step_.rows = rows;
-  int64_t products = step_.output.N * step_.output.K;
+  int64_t products = step_.output.projection.N * step_.output.projection.K;
   for (const RecurrentLayer& layer : model_->layers) {
     products += layer.input.N * layer.input.K + layer.hidden.N * layer.hidden.K;
   }

@@ -6,6 +6,7 @@
 
 #include "generation/decoder.h"
 #include "generation/packed_weights.h"
+#include "generation/shortlist.h"
 
 namespace encdec::generation {
 
@@ -42,6 +43,9 @@ class RecurrentDecoder : public Decoder {
   int64_t source_length(int64_t b) const override { return lengths_[static_cast<size_t>(b)]; }
   void step(const StepRows& rows, const StepScores& scores) override;
   bool scans() const override { return true; }
+  bool restricts() const override { return shortlist_ != nullptr; }
+  // The tokens that searches may write from the next `begin` on; null: all.
+  void restrict(std::shared_ptr<const Shortlist> shortlist);
 
  private:
   struct States {
@@ -50,6 +54,7 @@ class RecurrentDecoder : public Decoder {
   void project_keys(const Encoded& encoded, int threads);
 
   const std::shared_ptr<const RecurrentModel> model_;
+  std::shared_ptr<const Shortlist> shortlist_;
   RecurrentStep step_;
   std::vector<int64_t> lengths_;
   States states_[2];

@@ -45,8 +45,8 @@ struct RowScan {
   float top = kMinusInfinity;
   float sum = 0.0f;
 
-  // The next numbers of the row: n of them, the first at place `first`.
-  void take(const float* piece, int64_t n, int64_t first) {
+  // The next numbers of the row: n of them, the first at place `first`, or each at its of `places`.
+  void take(const float* piece, int64_t n, int64_t first, const int32_t* places = nullptr) {
     const int64_t whole = n / kLanes * kLanes;
     Float tops = set1(kMinusInfinity);
     // With the variable first NaN is passed over; the sum below finds it.
@@ -61,7 +61,12 @@ struct RowScan {
     }
     sum += reduce_add(sums);
     for (int64_t i = whole; i < n; ++i) sum += std::exp(piece[i] - shift);
-    if (high > largest.least()) find(piece, n, whole, static_cast<int32_t>(first));
+    if (!(high > largest.least())) return;
+    if (places) {
+      find(piece, n, whole, [&](int64_t i) { return places[i]; });
+    } else {
+      find(piece, n, whole, [&](int64_t i) { return static_cast<int32_t>(first + i); });
+    }
   }
 
   // What was found in later numbers of the same row.
@@ -85,14 +90,13 @@ struct RowScan {
     top = high;
   }
 
-  void find(const float* piece, int64_t n, int64_t whole, int32_t first) {
+  template <class PlaceOf>
+  void find(const float* piece, int64_t n, int64_t whole, const PlaceOf& place_of) {
     for (int64_t i = 0; i < whole; i += kLanes) {
       if (!any_not_le(load(piece + i), set1(largest.least()))) continue;
-      for (int l = 0; l < kLanes; ++l) {
-        largest.take(piece[i + l], first + static_cast<int32_t>(i + l));
-      }
+      for (int64_t l = i; l < i + kLanes; ++l) largest.take(piece[l], place_of(l));
     }
-    for (int64_t i = whole; i < n; ++i) largest.take(piece[i], first + static_cast<int32_t>(i));
+    for (int64_t i = whole; i < n; ++i) largest.take(piece[i], place_of(i));
   }
 };
 

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <atomic>
+#include <limits>
 
 #include "core/team.h"
 
@@ -12,11 +13,14 @@ Scores::Scores(const Options& options, const Constraints& constraints, const Dec
     : decoder_(decoder),
       stride_(round_up(decoder.vocabulary(), 64)),
       attention_size_(attention_size),
-      logits_(static_cast<size_t>(rows * stride_)),
+      logits_(static_cast<size_t>(rows * stride_), -std::numeric_limits<float>::infinity()),
       attention_(static_cast<size_t>(rows * attention_size)),
       found_(static_cast<size_t>(rows)) {
   for (int i = 0; i < options.threads; ++i) {
-    members_.push_back({Candidates(options, constraints, decoder.vocabulary()), {}, nullptr});
+    members_.push_back(
+        {Candidates(options, constraints, decoder.vocabulary(), !decoder.restricts()),
+         {},
+         nullptr});
   }
   if (!decoder.scans()) return;
   const size_t count = static_cast<size_t>(rows), kept = static_cast<size_t>(kMostKept);

@@ -50,9 +50,13 @@ ENCDEC_INLINE void store_lanes(float* to, Float x, int lanes) {
   }
 }
 
+// Columns of scores that are computed, then scanned, while they are in cache.
+constexpr int64_t kScoreBlock = 8 * kPanel;
+
 // What a member of a team needs to find the best of so many rows of scores.
-constexpr int64_t score_bytes(int64_t rows) {
-  return round_up(rows * (static_cast<int64_t>(sizeof(RowScan)) + kMostKept * 8), 64);
+inline int64_t score_bytes(const OutputLayer& layer, int64_t rows) {
+  const int64_t scans = rows * (static_cast<int64_t>(sizeof(RowScan)) + kMostKept * 8);
+  return round_up(scans + (layer.tokens ? rows * kScoreBlock * 4 : 0), 64);
 }
 
 template <Format format>
@@ -83,11 +87,11 @@ class StepTeam {
 
   // Scores x W' + b, and what is to be found in them: in a block of columns while it is in cache,
   // then in what the members found. work: score_bytes for each member. Waits for all.
-  void score(const Projection& p, const StagedRows& x, int64_t rows, const StepScores& to,
+  void score(const OutputLayer& layer, const StagedRows& x, int64_t rows, const StepScores& to,
              char* work) const {
-    constexpr int64_t kBlock = 8;  // panels
+    const Projection& p = layer.projection;
     const auto scans_of = [&](int member) {
-      return reinterpret_cast<RowScan*>(work + member * score_bytes(rows));
+      return reinterpret_cast<RowScan*>(work + member * score_bytes(layer, rows));
     };
     RowScan* const own = scans_of(rank_);
     RowScans lists = to.scans;
@@ -95,15 +99,23 @@ class StepTeam {
     lists.places = reinterpret_cast<int32_t*>(lists.numbers + rows * kMostKept);
     for (int64_t r = 0; r < rows; ++r) own[r] = row_scan(lists, r);
     const int64_t panels = panels_of(p.N), last = panels * (rank_ + 1) / members_;
-    for (int64_t first = panels * rank_ / members_; first < last; first += kBlock) {
-      const int64_t end = std::min(last, first + kBlock), column = first * kPanel;
+    for (int64_t first = panels * rank_ / members_; first < last; first += kScoreBlock / kPanel) {
+      const int64_t end = std::min(last, first + kScoreBlock / kPanel), column = first * kPanel;
+      const int64_t count = std::min(end * kPanel, p.N) - column;
+      // Scores of a shortlist are put in their places afterwards.
+      const int32_t* const tokens = layer.tokens ? layer.tokens + column : nullptr;
+      float* const block =
+          tokens ? reinterpret_cast<float*>(lists.places + rows * kMostKept) : to.logits + column;
+      const int64_t stride = tokens ? kScoreBlock : to.stride;
       multiply(p, x, rows, first, end,
                [&](int64_t r, int64_t c, Float y, int lanes) __attribute__((always_inline)) {
-                 store_lanes(to.logits + r * to.stride + c, y, lanes);
+                 store_lanes(block + r * stride + c - column, y, lanes);
                });
       for (int64_t r = 0; r < rows; ++r) {
-        own[r].take(to.logits + r * to.stride + column, std::min(end * kPanel, p.N) - column,
-                    column);
+        const float* const found = block + r * stride;
+        own[r].take(found, count, column, tokens);
+        float* const row = to.logits + r * to.stride;
+        for (int64_t i = 0; tokens && i < count; ++i) row[tokens[i]] = found[i];
       }
     }
     wait();

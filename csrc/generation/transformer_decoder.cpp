@@ -11,6 +11,11 @@ TransformerDecoder::TransformerDecoder(std::shared_ptr<const TransformerModel> m
   step_.layer_count = static_cast<int64_t>(layers_.size());
 }
 
+void TransformerDecoder::restrict(std::shared_ptr<const Shortlist> shortlist) {
+  shortlist_ = std::move(shortlist);
+  step_.output = shortlist_ ? shortlist_->layer : model_->step.output;
+}
+
 void TransformerDecoder::begin(const float* memory, int64_t B, int64_t S, const int64_t* lengths,
                                int64_t rows, int64_t limit, int threads) {
   lengths_.assign(lengths, lengths + B);
@@ -25,7 +30,8 @@ void TransformerDecoder::begin(const float* memory, int64_t B, int64_t S, const 
   ancestors_.resize(static_cast<size_t>(rows * limit));
   ancestors_before_.resize(static_cast<size_t>(rows * limit));
   const int64_t products = step_.layer_count * step_.D * (6 * width + 2 * step_.F) / 2;
-  step_.threads = (products + step_.D * step_.V) * rows > kTeamProducts ? threads : 1;
+  step_.threads =
+      (products + step_.D * step_.output.projection.N) * rows > kTeamProducts ? threads : 1;
   step_.rows = rows;
   step_.position = limit;
   grow(work_, kernels(chosen_isa()).transformer_workspace(step_));

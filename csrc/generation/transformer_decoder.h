@@ -6,6 +6,7 @@
 
 #include "generation/decoder.h"
 #include "generation/packed_weights.h"
+#include "generation/shortlist.h"
 
 namespace encdec::generation {
 
@@ -32,12 +33,16 @@ class TransformerDecoder : public Decoder {
   int64_t source_length(int64_t b) const override { return lengths_[static_cast<size_t>(b)]; }
   void step(const StepRows& rows, const StepScores& scores) override;
   bool scans() const override { return true; }
+  bool restricts() const override { return shortlist_ != nullptr; }
+  // The tokens that searches may write from the next `begin` on; null: all.
+  void restrict(std::shared_ptr<const Shortlist> shortlist);
 
  private:
   void project_memory(const float* memory, int64_t rows, int threads);
   int64_t kept_bytes() const { return element_bytes(kept_format(step_.format)); }
 
   const std::shared_ptr<const TransformerModel> model_;
+  std::shared_ptr<const Shortlist> shortlist_;
   TransformerStep step_;
   std::vector<TransformerLayer> layers_;
   std::vector<int64_t> lengths_;

@@ -101,8 +101,8 @@ std::shared_ptr<TransformerModel> transformer_model(const py::dict& sizes, const
   s.final_norm = f.norm("final_norm", s.D);
   s.bias_length = f.get<int64_t>("bias_length", 0);
   s.position_bias = f.floats("position_bias", s.heads * s.bias_length);
-  s.output = f.projection("output");
-  s.V = s.output.N;
+  s.output.projection = f.projection("output");
+  s.V = s.output.projection.N;
   for (const py::handle& item : layers) {
     const py::dict fields = item.cast<py::dict>();
     const Fields l(fields, model->weights, threads);
@@ -144,8 +144,8 @@ std::shared_ptr<RecurrentModel> recurrent_model(const py::dict& sizes, const py:
   s.score = f.floats("score", s.A);
   s.location = f.projection("location");
   s.context_in_output = f.get("context_in_output", true);
-  s.output = f.projection("output");
-  s.V = s.output.N;
+  s.output.projection = f.projection("output");
+  s.V = s.output.projection.N;
   model->memory_keys = f.projection("memory_keys");
   for (const py::handle& item : layers) {
     const py::dict fields = item.cast<py::dict>();
@@ -155,6 +155,11 @@ std::shared_ptr<RecurrentModel> recurrent_model(const py::dict& sizes, const py:
   }
   watch(model->weights, watched);
   return model;
+}
+
+std::shared_ptr<Shortlist> shortlist(const Linear& rows, Tokens tokens, int format, int threads) {
+  return std::make_shared<Shortlist>(weight_of(rows.first), at<float>(rows.second),
+                                     std::move(tokens), static_cast<Format>(format), threads);
 }
 
 // A step that Python takes: step(tokens, parents, sentences, position, logits, stride, attention)
@@ -301,11 +306,16 @@ void bind(py::module_& m) {
            py::arg("format"), py::arg("threads"))
       .def("fresh", [](const RecurrentModel& r) { return r.weights.fresh(); })
       .def_property_readonly("bytes", [](const RecurrentModel& r) { return r.weights.bytes(); });
+  py::class_<Shortlist, std::shared_ptr<Shortlist>>(m, "Shortlist")
+      .def(py::init(&shortlist), py::arg("rows"), py::arg("tokens"), py::arg("format"),
+           py::arg("threads"))
+      .def_property_readonly("bytes", [](const Shortlist& s) { return s.weights.bytes(); });
   py::class_<Decoder>(m, "Decoder");
   py::class_<TransformerDecoder, Decoder>(m, "TransformerDecoder")
       .def(py::init([](std::shared_ptr<TransformerModel> t) {
         return std::make_unique<TransformerDecoder>(std::move(t));
       }))
+      .def("restrict", &TransformerDecoder::restrict, py::arg("shortlist").none(true))
       .def(
           "begin",
           [](TransformerDecoder& d, intptr_t memory, int64_t B, int64_t S,
@@ -319,6 +329,7 @@ void bind(py::module_& m) {
       .def(py::init([](std::shared_ptr<RecurrentModel> r) {
         return std::make_unique<RecurrentDecoder>(std::move(r));
       }))
+      .def("restrict", &RecurrentDecoder::restrict, py::arg("shortlist").none(true))
       .def(
           "begin",
           [](RecurrentDecoder& d, int64_t B, int64_t S, intptr_t h, intptr_t c, intptr_t context,

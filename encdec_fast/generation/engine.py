@@ -17,7 +17,7 @@ from torch import Tensor
 
 from encdec_fast.backends import library
 from encdec_fast.generation.config import GenerationConfig
-from encdec_fast.generation.decoders import Decoder, Packing, RecurrentDecoder, parts_of
+from encdec_fast.generation.decoders import Affine, Decoder, Packing, RecurrentDecoder, parts_of
 from encdec_fast.generation.result import Hypothesis
 
 Stream = Callable[[int, list[int]], None]
@@ -45,16 +45,51 @@ class Encoded(NamedTuple):
     context: Tensor | None = None
 
 
+SHORTLISTS = 8  # that are kept packed; the one that was used longest ago goes first
+
+
 class _Packed:
     """A decoder's packed form, and decoders that wait for a search."""
 
     def __init__(self, decoder: Decoder, weight_dtype: str) -> None:
         self.traces = _traces(decoder)
+        self.weight_dtype = weight_dtype
         packing = Packing(weight_dtype)
         self.model = decoder.compile(packing)
         # Copies that the engine reads as they lie; the model's own tensors live with the model.
         self.alive = packing.alive
         self.idle: list[Any] = []
+        self.shortlists: dict[tuple[int, ...], Any] = {}
+
+    @property
+    def bytes(self) -> int:
+        shortlists: list[Any] = list(self.shortlists.values())
+        return int(self.model.bytes) + sum(int(shortlist.bytes) for shortlist in shortlists)
+
+    def shortlist(self, decoder: Decoder, config: GenerationConfig) -> Any:
+        """The output layer for config.vocabulary; None without one."""
+        if config.vocabulary is None:
+            return None
+        tokens = config.__dict__.get("_shortlist")
+        if tokens is None:
+            tokens = tuple(sorted(set(_tokens(config.vocabulary))))
+            object.__setattr__(config, "_shortlist", tokens)
+        with _lock:
+            found = self.shortlists.pop(tokens, None) or self._pack_shortlist(decoder, tokens)
+            self.shortlists[tokens] = found
+            while len(self.shortlists) > SHORTLISTS:
+                del self.shortlists[next(iter(self.shortlists))]
+        return found
+
+    def _pack_shortlist(self, decoder: Decoder, tokens: tuple[int, ...]) -> Any:
+        assert library.extension is not None
+        rows, packing = torch.tensor(tokens), Packing(self.weight_dtype)
+        weight, bias = decoder.output.weight.detach(), decoder.output.bias
+        chosen = Affine(
+            weight.index_select(0, rows),
+            None if bias is None else bias.detach().index_select(0, rows),
+        )
+        return library.extension.Shortlist(packing.affine(chosen), tokens, *packing.rest()[1:])
 
     def fresh(self, traces: list[Any]) -> bool:
         return traces == self.traces and bool(self.model.fresh())
@@ -89,7 +124,7 @@ if hasattr(os, "register_at_fork"):
 
 def packed_bytes(owner: Any) -> dict[str, int]:
     """Bytes of each packed form that is kept for a model, by the dtype of its weights."""
-    return {name: packed.model.bytes for name, packed in _packed.get(owner, {}).items()}
+    return {name: packed.bytes for name, packed in _packed.get(owner, {}).items()}
 
 
 def _packed_for(owner: Any, decoder: Decoder, weight_dtype: str) -> _Packed:
@@ -118,10 +153,11 @@ def options_of(config: GenerationConfig) -> Any:
     return found
 
 
-def _as_dict(config: GenerationConfig) -> dict[str, Any]:
-    def tokens(value: Any) -> list[int]:
-        return [] if value is None else [value] if isinstance(value, int) else list(value)
+def _tokens(value: Any) -> list[int]:
+    return [] if value is None else [value] if isinstance(value, int) else list(value)
 
+
+def _as_dict(config: GenerationConfig) -> dict[str, Any]:
     new, longest = config.max_new_tokens, config.max_length
     if new is None and longest is None:
         new = 20
@@ -144,12 +180,12 @@ def _as_dict(config: GenerationConfig) -> dict[str, Any]:
         "no_repeat_ngram": config.no_repeat_ngram_size,
         "prefix_bias": config.prefix_bias or 0.0,
         "bad_words": [list(word) for word in config.bad_words_ids or ()],
-        "suppressed": tokens(config.suppress_tokens),
-        "begin_suppressed": tokens(config.begin_suppress_tokens),
-        "forced_bos": tokens(config.forced_bos_token_id),
-        "forced_eos": tokens(config.forced_eos_token_id),
-        "eos": tokens(config.eos_token_id),
-        "vocabulary": tokens(config.vocabulary),
+        "suppressed": _tokens(config.suppress_tokens),
+        "begin_suppressed": _tokens(config.begin_suppress_tokens),
+        "forced_bos": _tokens(config.forced_bos_token_id),
+        "forced_eos": _tokens(config.forced_eos_token_id),
+        "eos": _tokens(config.eos_token_id),
+        "vocabulary": _tokens(config.vocabulary),
     }
 
 
@@ -247,6 +283,7 @@ def run(
     except IndexError:
         session = decoder.start(packed.model)
     _check_encoded(decoder, encoded, len(requests))
+    session.restrict(packed.shortlist(decoder, config))
     memory = None if encoded.memory is None else encoded.memory.detach().float().contiguous()
     S = 0 if memory is None else memory.shape[1]
     address = 0 if memory is None else memory.data_ptr()

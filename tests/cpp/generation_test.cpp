@@ -325,7 +325,7 @@ Batch transformer(Format format, bool norm_first, int64_t B, int64_t S, int64_t 
   s.activation = linear::Activation::kGelu;
   s.attention_scale = 1.0f / std::sqrt(float(head_size));
   s.embedding = table(V, D);
-  s.output = projection(w, V, D);
+  s.output.projection = projection(w, V, D);
   const linear::Norm kind = norm_first ? linear::Norm::kRms : linear::Norm::kLayer;
   if (norm_first) {
     s.position_bias = w.floats(keep(heads * limit, 1.0f).data(), heads * limit);
@@ -383,7 +383,7 @@ Batch recurrent(Format format, rnn::Cell cell, Attention attention, int64_t laye
   s.attention_kind = attention;
   s.embedding = table(V, E);
   s.context_in_output = attends;
-  s.output = projection(w, V, attends ? H + M : H);
+  s.output.projection = projection(w, V, attends ? H + M : H);
   if (attention == Attention::kAdditive) {
     s.A = A;
     s.query = projection(w, A, H);
