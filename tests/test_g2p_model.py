@@ -202,6 +202,31 @@ def test_start_from_weights(tmp_path: Path) -> None:
         trainer("transformer", weights=str(path))
 
 
+def test_teacher(tmp_path: Path) -> None:
+    """Half of the loss is the cross entropy from the teacher's distributions, where words are."""
+    path = tmp_path / "teacher.safetensors"
+    teacher = trainer("recurrent", seed=1)
+    checkpoint.save_model(path, teacher.model, teacher.about(), torch.float32)
+    one, plain = trainer("transformer", teacher=str(path)), trainer("transformer")
+    batch = next(data.batches(one.data.train, 16))
+    for model in (one.model, plain.model, teacher.model):
+        model.eval()
+    assert one.loss(one.model, batch) == plain.loss(plain.model, batch)  # in validation
+    given = (batch.source, batch.lengths, batch.target[:, :-1])
+    one.model.training = True  # without its dropout, which is in its parts
+    real = batch.target[:, 1:] != data.PADDING
+    with torch.no_grad():
+        taught = teacher.model(*given)[real].softmax(-1)
+        found = one.model(*given)[real].log_softmax(-1)
+        smoothed = 0.9 * -found.gather(1, batch.target[:, 1:][real][:, None]).mean()
+        smoothed += 0.1 * -found.mean()
+        expected = 0.5 * smoothed - 0.5 * (taught * found).sum(-1).mean()
+        torch.testing.assert_close(one.loss(one.model, batch), expected)
+    run_epochs(trainer("transformer", teacher=str(path), bfloat16=True), tmp_path / "run")
+    with pytest.raises(g2p.Trouble, match="cannot be read"):
+        trainer(teacher=str(tmp_path / "none.safetensors"))
+
+
 def test_loss_that_is_no_number() -> None:
     one = trainer()
     with torch.no_grad():

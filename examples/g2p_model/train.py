@@ -95,6 +95,7 @@ def parser() -> argparse.ArgumentParser:
     training("--clip", type=above_zero, default=1.0, help="largest norm of the gradient")
     training("--average", type=part, default=0.0, help="keep averaged weights: 0.999, say")
     training("--weights", help="checkpoint whose weights a new training starts from")
+    training("--teacher", help="checkpoint whose distributions are learned beside the words")
     training("--patience", type=positive, default=8, help="epochs without a better model")
     training("--bfloat16", action="store_true", help="products in bfloat16 while training")
     training("--seed", type=int, default=0, help="of the weights, the batches and dropout")

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
+from encdec_fast import optimize
 from examples.g2p import Trouble
 from examples.g2p_model import checkpoint
 from examples.g2p_model.data import PADDING, Batch, Pair, Sounds, Split, batches, pairs
@@ -28,7 +29,9 @@ class Settings:
 
     average: what is validated and kept as the best model has the average of the weights of all
         batches so far, in which those of the last have the part 1 - average (Polyak and Juditsky,
-        1992); 0: their last values. weights: the checkpoint that a training starts from.
+        1992); 0: their last values. weights: the checkpoint that a training starts from. teacher: a
+        checkpoint whose distributions are half of what is learned (Hinton et al., 2015,
+        arXiv:1503.02531), at temperature 1.
     """
 
     model: str
@@ -43,6 +46,7 @@ class Settings:
     clip: float = 1.0
     average: float = 0.0
     weights: str | None = None
+    teacher: str | None = None
     patience: int = 8
     bfloat16: bool = False
     seed: int = 0
@@ -75,7 +79,7 @@ FREE = ("epochs", "patience", "average")
 def _fixed(about: dict[str, Any]) -> dict[str, Any]:
     """All settings but the free ones, of a JSON."""
     flat = {"model": about.get("model"), **about.get("arguments", {}), **about.get("training", {})}
-    return {name: value for name, value in flat.items() if name not in FREE}
+    return {n: value for n, value in flat.items() if n not in FREE and value is not None}
 
 
 def _sample(words: dict[str, set[Sounds]], count: int) -> dict[str, set[Sounds]]:
@@ -110,6 +114,10 @@ class Trainer:
         use_byte_dropout(self.model)
         if settings.weights:
             self.start_from(Path(settings.weights))
+        self.teacher: nn.Module | None = None
+        if settings.teacher:
+            teacher = checkpoint.load_model(Path(settings.teacher))[0].requires_grad_(False)
+            self.teacher = optimize(teacher, torch.bfloat16 if settings.bfloat16 else None)
         average = get_ema_multi_avg_fn(settings.average)
         self.average = AveragedModel(self.model, multi_avg_fn=average)
         self.optimizer = torch.optim.AdamW(
@@ -154,12 +162,16 @@ class Trainer:
         training = model.training
         with torch.autocast("cpu", torch.bfloat16, enabled=training and self.settings.bfloat16):
             scores = model(batch.source, batch.lengths, batch.target[:, :-1])
-        return cross_entropy(
-            scores.float().flatten(0, 1),
-            batch.target[:, 1:].flatten(),
-            ignore_index=PADDING,
-            label_smoothing=self.settings.smoothing if training else 0.0,
-        )
+        found, right = scores.float().flatten(0, 1), batch.target[:, 1:].flatten()
+        smoothing = self.settings.smoothing if training else 0.0
+        loss = cross_entropy(found, right, ignore_index=PADDING, label_smoothing=smoothing)
+        if self.teacher is None or not training:
+            return loss
+        with torch.no_grad():
+            taught = self.teacher(batch.source, batch.lengths, batch.target[:, :-1])
+            taught = taught.flatten(0, 1).softmax(-1)
+        real = right != PADDING
+        return 0.5 * loss + 0.5 * cross_entropy(found[real], taught[real])
 
     def step(self, batch: Batch) -> float:
         """One batch; its loss. Trouble if that is no number: the weights stay as they were."""
