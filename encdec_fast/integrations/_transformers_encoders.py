@@ -7,14 +7,11 @@ does the encoder around it, with its embeddings and masks.
 
 from __future__ import annotations
 
+import importlib
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers.models.bart import modeling_bart
-from transformers.models.marian import modeling_marian
-from transformers.models.mbart import modeling_mbart
-from transformers.models.whisper import modeling_whisper
 
 from encdec_fast.backends import Description
 from encdec_fast.integrations._transformers_decoders import ACTIVATIONS
@@ -26,14 +23,6 @@ from encdec_fast.ops.linear import describe as describe_linear
 
 _LINEAR: frozenset[type[nn.Module]] = frozenset({Linear})
 _NORM: frozenset[type[nn.Module]] = frozenset({LayerNorm})
-_ATTENTIONS: frozenset[type[nn.Module]] = frozenset(
-    {
-        modeling_marian.MarianAttention,
-        modeling_bart.BartAttention,
-        modeling_mbart.MBartAttention,
-        modeling_whisper.WhisperAttention,
-    }
-)
 _MASKS = ("sdpa", "eager", None)  # whose masks are tensors over (B, 1, T, S)
 
 
@@ -90,7 +79,11 @@ class _Fused:
             return f"the arguments {', '.join(kwargs)}"
         if torch.compiler.is_compiling():
             return "torch.compile fuses by itself"
-        if not plain(own, _ATTENTIONS) or own.config._attn_implementation not in _MASKS:
+        if (
+            type(own) not in _ATTENTIONS
+            or not plain(own, frozenset({type(own)}))
+            or own.config._attn_implementation not in _MASKS
+        ):
             return "self_attn is of another class or implementation, or has a hook"
         for name, part, kinds in (
             *((f"self_attn.{n}", own._modules.get(n), _LINEAR) for n in _PROJECTIONS),
@@ -130,32 +123,26 @@ class _Fused:
 _PROJECTIONS = ("q_proj", "k_proj", "v_proj", "out_proj")
 
 
-class MarianEncoderLayer(_Fused, modeling_marian.MarianEncoderLayer):
-    """Post-norm."""
+# Of each model: the class of its layers, and ours; the class of its attention.
+_FUSED: dict[type[nn.Module], type[nn.Module]] = {}
+_ATTENTIONS: set[type[nn.Module]] = set()
 
 
-class BartEncoderLayer(_Fused, modeling_bart.BartEncoderLayer):
-    """Post-norm."""
+def _fused(model: str, norm_first: bool) -> Any:
+    name = f"transformers.models.{model.lower()}.modeling_{model.lower()}"
+    own = importlib.import_module(name)
+    layer: Any = getattr(own, f"{model}EncoderLayer")
+    members = {"norm_first": norm_first, "__module__": __name__, "__doc__": _Fused.__doc__}
+    _FUSED[layer] = type(layer.__name__, (_Fused, layer), members)
+    _ATTENTIONS.add(getattr(own, f"{model}Attention"))
+    return _FUSED[layer]
 
 
-class MBartEncoderLayer(_Fused, modeling_mbart.MBartEncoderLayer):
-    """Pre-norm."""
-
-    norm_first = True
-
-
-class WhisperEncoderLayer(_Fused, modeling_whisper.WhisperEncoderLayer):
-    """Pre-norm."""
-
-    norm_first = True
-
-
-_FUSED: dict[type[nn.Module], type[nn.Module]] = {
-    modeling_marian.MarianEncoderLayer: MarianEncoderLayer,
-    modeling_bart.BartEncoderLayer: BartEncoderLayer,
-    modeling_mbart.MBartEncoderLayer: MBartEncoderLayer,
-    modeling_whisper.WhisperEncoderLayer: WhisperEncoderLayer,
-}
+# By these names pickles find them.
+MarianEncoderLayer = _fused("Marian", norm_first=False)
+BartEncoderLayer = _fused("Bart", norm_first=False)
+MBartEncoderLayer = _fused("MBart", norm_first=True)
+WhisperEncoderLayer = _fused("Whisper", norm_first=True)
 
 
 def fuse(encoder: nn.Module) -> None:
