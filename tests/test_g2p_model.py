@@ -400,8 +400,6 @@ def test_missing_dictionary(
 @pytest.mark.parametrize("name", ["recurrent", "transformer"])
 def test_committed_checkpoints(name: str) -> None:
     path = HERE / f"{name}.safetensors"
-    if not path.exists():
-        pytest.skip(f"there is no {path.name} yet")
     assert path.stat().st_size < 8_000_000
     assert (HERE / f"{name}.md").exists()
     model, about = checkpoint.load_model(path)
@@ -415,9 +413,10 @@ def test_committed_checkpoints(name: str) -> None:
 @needs_data
 @pytest.mark.parametrize("beams", [1, 4])
 @pytest.mark.parametrize("weight_dtype", [torch.bfloat16, "int8"])
-def test_coarser_weights_of_the_recurrent_model(weight_dtype: Any, beams: int) -> None:
+@pytest.mark.parametrize("name", SIZES)
+def test_coarser_weights_of_the_models(name: str, weight_dtype: Any, beams: int) -> None:
     """Unseen words: nearly all phonemes stay, and about as many words are right."""
-    model, _ = checkpoint.load_model(HERE / "recurrent.safetensors")
+    model, _ = checkpoint.load_model(HERE / f"{name}.safetensors")
     words = dict(sorted(data.load_split(0).test.items())[::6])
     exact = pronounce.pronounce(model, list(words), beams)
     found = pronounce.pronounce(model, list(words), beams, weight_dtype)
