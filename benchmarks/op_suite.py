@@ -6,6 +6,7 @@ import argparse
 import json
 import os
 import shlex
+import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -272,6 +273,12 @@ BARS = (
 )
 
 
+def _versions() -> dict[str, str]:
+    """Of the packages that contenders come from, so far as they were loaded."""
+    names = ("torch", "transformers", "ctranslate2")
+    return {name: sys.modules[name].__version__ for name in names if name in sys.modules}
+
+
 def measure(case: OpCase, budget_s: float, ceilings: Ceilings) -> OpResult:
     """Compare the contenders of a case with the reference, then time those that are right."""
     work = MAKERS[case.op](case)
@@ -442,7 +449,7 @@ def main(
         "command": shlex.join(["python", "-m", "benchmarks.report", *arguments]),
         "threads": ceilings.threads,
         "machine": machine.describe_cpu(),
-        "versions": {**machine.describe_versions([]), "torch": torch.__version__},
+        "versions": {**machine.describe_versions([]), **_versions()},
         "ceilings": ceilings.as_dict(),
     }
     if options.save and not interrupted:

@@ -330,17 +330,22 @@ def run(options: argparse.Namespace, console: Console) -> int:
     return BAD_INPUT if problems else OK
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Parse the command line and run; every expected failure is one line that says what to do."""
-    options = parser().parse_args(argv)
+def exit_code(work: Callable[[], int], interrupted: str = "interrupted") -> int:
+    """Of a command; every expected failure is one line that says what to do."""
     try:
-        return run(options, Console())
+        return work()
     except Trouble as trouble:
         print(trouble, file=sys.stderr)
         return DIFFERENT
     except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
+        print(interrupted, file=sys.stderr)
         return INTERRUPTED
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Parse the command line and run."""
+    options = parser().parse_args(argv)
+    return exit_code(lambda: run(options, Console()))
 
 
 if __name__ == "__main__":

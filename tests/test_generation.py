@@ -329,7 +329,7 @@ def with_threads(count):
 print("after use", child(work), child(lambda: with_threads(4)), flush=True)
 held, done = threading.Event(), threading.Event()
 def packing():
-    with engine._lock:
+    with engine._lock.current:
         held.set()
         done.wait()
 thread = threading.Thread(target=packing)

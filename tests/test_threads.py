@@ -312,7 +312,7 @@ finally:
     stop.set()
     for thread in threads:
         thread.join()
-with _packing._packing:  # as if another thread were packing at this moment
+with _packing._packing.current:  # as if another thread were packing at this moment
     pid = child(work)
 wait_for(pid)
 """

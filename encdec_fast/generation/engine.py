@@ -6,8 +6,6 @@ version counters and the sampled values that it was made from.
 
 from __future__ import annotations
 
-import os
-import threading
 import weakref
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -16,6 +14,7 @@ import torch
 from torch import Tensor
 
 from encdec_fast.backends import library
+from encdec_fast.backends.locks import ForkSafeLock
 from encdec_fast.generation.config import GenerationConfig
 from encdec_fast.generation.decoders import Affine, Decoder, Packing, RecurrentDecoder, parts_of
 from encdec_fast.generation.result import Hypothesis
@@ -74,7 +73,7 @@ class _Packed:
         if tokens is None:
             tokens = tuple(sorted(set(_tokens(config.vocabulary))))
             object.__setattr__(config, "_shortlist", tokens)
-        with _lock:
+        with _lock.current:
             found = self.shortlists.pop(tokens, None) or self._pack_shortlist(decoder, tokens)
             self.shortlists[tokens] = found
             while len(self.shortlists) > SHORTLISTS:
@@ -109,17 +108,7 @@ def _traces(decoder: Decoder) -> list[Any]:
 
 
 _packed: weakref.WeakKeyDictionary[Any, dict[str, _Packed]] = weakref.WeakKeyDictionary()
-_lock = threading.RLock()
-
-
-def _after_fork() -> None:
-    """Another thread may have held the lock when the process forked; nobody in the child does."""
-    global _lock
-    _lock = threading.RLock()
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_after_fork)
+_lock = ForkSafeLock()
 
 
 def packed_bytes(owner: Any) -> dict[str, int]:
@@ -132,7 +121,7 @@ def _packed_for(owner: Any, decoder: Decoder, weight_dtype: str) -> _Packed:
     found = _packed.get(owner, {}).get(weight_dtype)
     if found is not None and found.fresh(traces):
         return found
-    with _lock:
+    with _lock.current:
         found = _packed.get(owner, {}).get(weight_dtype)
         if found is None or not found.fresh(traces):
             found = _Packed(decoder, weight_dtype)

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import os
-import threading
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -15,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from encdec_fast.backends import Backend, Description, explained_by, library, select
+from encdec_fast.backends.locks import ForkSafeLock
 from encdec_fast.generation import engine, reference, step
 from encdec_fast.generation._inputs import batches_of, check_lengths, requests_of, sources_of
 from encdec_fast.generation._snapshot import Snapshot
@@ -253,16 +252,7 @@ class _Training:
 
 
 _training: weakref.WeakKeyDictionary[Any, _Training] = weakref.WeakKeyDictionary()
-_training_lock = threading.Lock()
-
-
-def _after_fork() -> None:
-    global _training_lock
-    _training_lock = threading.Lock()
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_after_fork)
+_training_lock = ForkSafeLock()
 
 
 @contextlib.contextmanager
@@ -272,7 +262,7 @@ def _evaluating(model: Any, described: _Described) -> Iterator[None]:
     if not any(module.training for module in modules) and model not in _training:
         yield
         return
-    with _training_lock:
+    with _training_lock.current:
         state = _training.setdefault(model, _Training(modules))
         state.users += 1
         for module in state.modules:
@@ -280,7 +270,7 @@ def _evaluating(model: Any, described: _Described) -> Iterator[None]:
     try:
         yield
     finally:
-        with _training_lock:
+        with _training_lock.current:
             state.users -= 1
             if state.users == 0:
                 _training.pop(model, None)

@@ -101,7 +101,7 @@ class _Fused:
             masking.dim() != 4 or masking.dtype not in (torch.bool, x.dtype)
         ):
             return "the mask is of another form"
-        if needs_gradient([x, *module.parameters()]):
+        if torch.is_grad_enabled() and needs_gradient([x, *module.parameters()]):
             return "a gradient is needed"
         return why_torch([x])
 

@@ -9,14 +9,14 @@ elements through `.data` can escape even that: call `repack`.
 
 from __future__ import annotations
 
-import os
-import threading
 import weakref
 from collections.abc import Callable, Iterable
 from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
+
+from encdec_fast.backends.locks import ForkSafeLock
 
 _Key: TypeAlias = tuple[Any, ...]
 
@@ -58,17 +58,7 @@ class _Entry:
 # `_packing` only keeps two threads from making the same pack at once. A thread may come back to it
 # while it holds it: from a signal handler or a finalizer that calls a module.
 _entries: dict[_Key, _Entry] = {}
-_packing = threading.RLock()
-
-
-def _after_fork() -> None:
-    """Another thread may have held the lock when the process forked; nobody in the child does."""
-    global _packing
-    _packing = threading.RLock()
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_after_fork)
+_packing = ForkSafeLock()
 
 
 def with_rows(tensor: Tensor) -> Tensor:
@@ -96,7 +86,7 @@ def kept(
     entry = _entries.get(key)
     if entry is not None and not again and entry.fresh(weights):
         return entry.blob
-    with _packing:
+    with _packing.current:
         entry = _entries.get(key)
         if entry is None or again or not entry.fresh(weights):
             # Traces first: a change while the kernel packs must leave the entry stale.

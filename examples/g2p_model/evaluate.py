@@ -26,7 +26,7 @@ try:
 except ImportError as error:
     raise SystemExit(f"{error.name} is not installed: pip install {error.name}") from None
 
-from examples.g2p import BAD_INPUT, DIFFERENT, INTERRUPTED, OK, Trouble, positive, why_not
+from examples.g2p import BAD_INPUT, OK, exit_code, positive, why_not
 from examples.g2p_model.checkpoint import load_model, save_model
 from examples.g2p_model.data import Sounds, load_split
 from examples.g2p_model.pronounce import error_rates, pronounce
@@ -107,16 +107,9 @@ def run(options: argparse.Namespace, console: Console) -> int:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Parse the command line and run; every expected failure is one line that says what to do."""
+    """Parse the command line and run."""
     options = parser().parse_intermixed_args(argv)
-    try:
-        return run(options, Console())
-    except Trouble as trouble:
-        print(trouble, file=sys.stderr)
-        return DIFFERENT
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return INTERRUPTED
+    return exit_code(lambda: run(options, Console()))
 
 
 if __name__ == "__main__":

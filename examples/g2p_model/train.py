@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import signal
-import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -33,7 +32,7 @@ try:
 except ImportError as error:
     raise SystemExit(f"{error.name} is not installed: pip install {error.name}") from None
 
-from examples.g2p import DIFFERENT, INTERRUPTED, OK, Trouble, positive
+from examples.g2p import OK, Trouble, exit_code, positive
 from examples.g2p_model.data import load_split
 from examples.g2p_model.trainer import Data, Settings, Trainer
 
@@ -207,16 +206,9 @@ def run(options: argparse.Namespace, console: Console) -> int:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Parse the command line and run; every expected failure is one line that says what to do."""
+    """Parse the command line and run."""
     options = parser().parse_args(argv)
-    try:
-        return run(options, Console())
-    except Trouble as trouble:
-        print(trouble, file=sys.stderr)
-        return DIFFERENT
-    except KeyboardInterrupt:
-        print("interrupted; --resume goes on", file=sys.stderr)
-        return INTERRUPTED
+    return exit_code(lambda: run(options, Console()), "interrupted; --resume goes on")
 
 
 if __name__ == "__main__":
