@@ -149,17 +149,24 @@ def check_padding_is_not_read(kind: str, backend: str) -> None:
 
 
 def check_rows_keep_their_nan(kind: str, backend: str, dtype: torch.dtype) -> None:
-    """NaN and inf spread as in torch, and never to another row."""
-    _truth, theirs, ours = make_modules(kind, Case(T=5, B=5, H=16), dtype)
+    """NaN and inf spread as in float64, and never to another row.
+
+    Where the processor has AMX, torch's own GRU in bfloat16 lets them into the row before.
+    """
+    truth, theirs, ours = make_modules(kind, Case(T=5, B=5, H=16), dtype)
     x = torch.randn(5, 5, 5).to(dtype)
     x[2, 1, 0] = torch.nan
     x[3, 3, 1] = torch.inf
     with torch.no_grad(), use_backend(backend):
         output = ours(x)[0]
-        expected = theirs(x)[0]
+        expected = truth(x.double())[0]
+        by_torch = theirs(x)[0]
         clean = ours(x.nan_to_num(0.0, 0.0, 0.0))[0]
-    assert torch.equal(output.isnan(), expected.isnan())
     untouched = [0, 2, 4]
+    if backend == "torch" and by_torch[:, untouched].isnan().any():
+        assert torch.equal(output.isnan(), by_torch.isnan())
+        return
+    assert torch.equal(output.isnan(), expected.isnan())
     assert torch.equal(output[:, untouched], clean[:, untouched])
     assert torch.equal(output[:2], clean[:2])
 

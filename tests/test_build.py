@@ -22,7 +22,8 @@ from encdec_fast.backends import library
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = Path(encdec_fast.__file__).resolve().parent
 BUILD = ROOT / "build" / f"cmake-{sys.implementation.cache_tag}"
-ISAS = ["avx2", "avx512", "avx512_bf16"]
+ISAS = ["avx2", "avx512", "avx512_bf16"]  # that kernels are compiled for
+ALL_ISAS = [*ISAS, "avx512_amx"]
 
 # Holds a few shapes against float64 (and not against torch in float32, whose oneDNN kernel gives
 # wrong results under emulation); prints the instruction set, if any, and the backend that ran.
@@ -112,6 +113,18 @@ def test_objects_hold_no_code_for_a_newer_processor(target: str) -> None:
 
 
 @needs_objects
+def test_the_matrix_unit_is_used_in_one_source() -> None:
+    tiles = re.compile(r"^(ld|st)tilecfg|^tile|^tdp")
+    using = {
+        path.name
+        for target in ("encdec_core", *(f"encdec_kernels_{isa}" for isa in ISAS))
+        for path in objects(target)
+        if any(tiles.search(line) for line in instructions(path))
+    }
+    assert using == {"amx.cpp.o"}
+
+
+@needs_objects
 @pytest.mark.parametrize("isa", ISAS)
 def test_code_of_an_instruction_set_stays_in_its_namespace(isa: str) -> None:
     """The linker keeps one copy of a weak symbol. Were it one for AVX-512, every processor would
@@ -152,7 +165,7 @@ def test_libraries_name_no_folder_of_this_machine() -> None:
 
 
 @needs_module
-@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("isa", ALL_ISAS)
 def test_an_instruction_set_can_be_forced(isa: str) -> None:
     assert library.extension is not None
     if isa not in library.extension.cpu_info()["isas"]:
@@ -178,7 +191,7 @@ except RuntimeError as error:
 def test_an_unknown_instruction_set_names_the_valid_ones() -> None:
     result = run([sys.executable, "-c", CHOOSE_SCRIPT], ENCDEC_FAST_ISA="sse9")
     assert result.stdout.startswith("ENCDEC_FAST_ISA=sse9: unknown instruction set")
-    assert ", ".join(ISAS) in result.stdout
+    assert ", ".join(ALL_ISAS) in result.stdout
 
 
 @needs_qemu

@@ -15,7 +15,7 @@ import encdec_fast
 from encdec_fast import cli
 from encdec_fast.backends import library
 
-ALL_ISAS = ["avx2", "avx512", "avx512_bf16"]
+ALL_ISAS = ["avx2", "avx512", "avx512_bf16", "avx512_amx"]
 
 
 def run_cli(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:

@@ -252,7 +252,7 @@ def run_script(script: str, *arguments: str, **variables: str) -> list[str]:
     return result.stdout.splitlines()
 
 
-@pytest.mark.parametrize("isa", ["avx2", "avx512", "avx512_bf16"])
+@pytest.mark.parametrize("isa", ["avx2", "avx512", "avx512_bf16", "avx512_amx"])
 def test_instruction_sets(isa: str) -> None:
     """In fresh memory that holds no zeros, so that numbers nobody wrote show."""
     assert library.extension is not None

@@ -2,15 +2,16 @@
 
 #include <algorithm>
 
+#include "core/amx.h"
+
 namespace encdec::attention {
 namespace {
 
 constexpr int64_t kPackedRows = 12;  // queries of a key head from which packing pays
 constexpr int64_t kScoreBytes = int64_t{256} << 10;  // of a tile: they stay in L2
-constexpr int64_t kTileRows = 14;                    // of the product's tallest tile
-constexpr int64_t kMostRows = 10 * kTileRows;
+constexpr int64_t kMostRows = 140;
 constexpr int64_t kBackwardBytes = int64_t{512} << 10;  // of a tile's weights and their gradients
-constexpr int64_t kMostBackwardRows = 8 * kTileRows;
+constexpr int64_t kMostBackwardRows = 112;
 constexpr int64_t kRoundBytes = int64_t{4} << 20;  // of keys and values packed at a time
 constexpr double kTeamProducts = 200e3;            // from which a team pays
 
@@ -19,11 +20,12 @@ double products(const Attention& call) {
          double(call.D + call.V);
 }
 
-// Whole tiles of queries whose S scores each are `scores` together, at most `most`.
-int64_t tile_rows(int64_t scores, int64_t most, int64_t queries, int64_t S) {
-  const int64_t fitting = scores / std::max<int64_t>(1, S) / kTileRows * kTileRows;
-  const int64_t rows = std::min(most, std::max(fitting, kTileRows));
-  return std::max<int64_t>(1, std::min(rows, queries));
+// Queries whose scores are `scores` together, at most `most`: whole ones of the product's tallest
+// tiles.
+int64_t query_rows(const Attention& call, int64_t scores, int64_t most, int64_t queries) {
+  const int64_t tile = amx_chosen && call.dtype == Format::kBfloat16 ? amx_rows(2) : 14;
+  const int64_t fitting = std::min(most, scores / std::max<int64_t>(1, call.S));
+  return std::max<int64_t>(1, std::min(std::max(fitting / tile, int64_t{1}) * tile, queries));
 }
 
 }  // namespace
@@ -45,7 +47,7 @@ void plan(Attention& call, int available) {
   const int64_t rows = call.Tq * group;
   call.threads = products(call) > kTeamProducts ? std::max(1, available) : 1;
   call.packed = rows >= kPackedRows;
-  call.query_rows = tile_rows(kScoreBytes / 4, kMostRows, rows, call.S);
+  call.query_rows = query_rows(call, kScoreBytes / 4, kMostRows, rows);
   const int64_t head = call.S * (call.D + call.V) * element_bytes(call.dtype);
   const int64_t most = call.packed ? kRoundBytes / std::max<int64_t>(1, head) : heads;
   // Enough heads at a time that the team's members end together.
@@ -58,7 +60,7 @@ void plan_backward(Attention& call, int available) {
   const int64_t heads = std::max<int64_t>(1, call.B * call.G);
   const bool team = products(call) > kTeamProducts;
   call.threads = team ? static_cast<int>(std::min<int64_t>(std::max(1, available), heads)) : 1;
-  call.query_rows = tile_rows(kBackwardBytes / 8, kMostBackwardRows, call.Tq, call.S);
+  call.query_rows = query_rows(call, kBackwardBytes / 8, kMostBackwardRows, call.Tq);
 }
 
 }  // namespace encdec::attention

@@ -23,8 +23,9 @@ struct BackwardPlaces {
   int64_t q_packed, grad_packed;                        // and packed rows
   int64_t weights, grads;                               // float: P; R, then dP and dE
   int64_t staged;                                       // dE where the product takes no floats
-  int64_t pairs;                                        // R or dE by columns, likewise
+  int64_t columns;                                      // R or dE by columns, likewise
   int64_t q_row, grad_out_row, scores_row, staged_row;  // bytes
+  int64_t column_row;
   int64_t grad_key_row, grad_value_row;
   int64_t member_bytes;
   int64_t bias;  // float: each member's sums, where the bias's gradient is wanted
@@ -55,7 +56,8 @@ inline BackwardPlaces backward_places(const AttentionBackward& call) {
   p.weights = member.take(rows * p.scores_row);
   p.grads = member.take(rows * p.scores_row);
   p.staged = member.take(kStaged<format> ? rows * p.staged_row : 0);
-  p.pairs = member.take(kStaged<format> ? (rows + 1) / 2 * p.scores_row : 0);
+  p.column_row = staged_row_bytes(format, rows);
+  p.columns = member.take(kStaged<format> ? keys * p.column_row : 0);
   p.member_bytes = member.end();
   p.bias = f.threads * p.member_bytes;
   p.bytes = p.bias + (call.grad_bias ? f.threads * round_up(call.grad_bias_size * 4, 64) : 0);
@@ -227,17 +229,17 @@ class AttentionBackwardRun : private Scores {
     if constexpr (!kStaged<format>) {
       return {reinterpret_cast<const char*>(tile), 4, places_.scores_row};
     }
-    char* const pairs = own_ + places_.pairs;
     const int64_t stride = places_.scores_row / 4;
-    for (int64_t r = 0; r < rows; r += 2) {
-      const float* const even = tile + r * stride;
+    for (int64_t r = 0; r < rows; r += 2 * kLanes) {
       for (int64_t s = 0; s < n; s += kLanes) {
-        const Float odd = r + 1 < rows ? load(even + stride + s) : zero();
-        istore(pairs + r / 2 * places_.scores_row + s * 4,
-               pair_halves(to_bf16(load(even + s)), to_bf16(odd)));
+        const auto half = [&](int64_t row) {
+          return to_product_bf16(row < rows ? load(tile + row * stride + s) : zero());
+        };
+        stage_columns([&](int i) { return pair_halves(half(r + 2 * i), half(r + 2 * i + 1)); },
+                      own_ + places_.columns + s * places_.column_row + r * 2, places_.column_row);
       }
     }
-    return {pairs, 4, places_.scores_row};
+    return {own_ + places_.columns, places_.column_row};
   }
 
   const AttentionBackward& backward_;

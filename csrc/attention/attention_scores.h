@@ -72,7 +72,7 @@ class PackedRows {
   }
 
  private:
-  static constexpr int kRows = max_tile_rows(kVectors);
+  static constexpr int kRows = tile_room(format, kVectors);
 
   template <class Source>
   void pack(int64_t columns, const Source& source) {
@@ -90,7 +90,7 @@ class PackedRows {
     w.data = data_;
     w.groups = round_up(k, group_size(format)) / group_size(format);
     w.panel_bytes = panel_bytes_;
-    const RowTiles tiles(rows, kRows);
+    const RowTiles tiles(rows, tile_rows(format, kVectors));
     for (int64_t p = 0; p < (panels < 0 ? panels_ : panels); ++p) {
       for (int64_t i = 0; i < tiles.count; ++i) {
         const int64_t row = tiles.begin(i);

@@ -49,7 +49,7 @@ std::vector<Tensor> bridge_forward(Tensor state, Tensor context, Tensor gate_wei
                                    bool save) {
   const PackedHeader& h = *reinterpret_cast<const PackedHeader*>(data(packed));
   STD_TORCH_CHECK(packed.numel() >= static_cast<int64_t>(sizeof(PackedHeader)) &&
-                      h.magic == PackedHeader::kMagic && h.isa == chosen_isa() &&
+                      h.magic == PackedHeader::kMagic && h.isa == compiled_isa(chosen_isa()) &&
                       h.bytes <= packed.numel(),
                   "not the packed weights of a gated bridge of this instruction set");
   GatedBridge f{};

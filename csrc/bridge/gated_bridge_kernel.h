@@ -103,7 +103,7 @@ class BridgeRun {
  private:
   // The products of a tile of rows with a panel of each matrix.
   struct Tile {
-    static constexpr int kRows = max_tile_rows(kVectors);
+    static constexpr int kRows = tile_room(format, kVectors);
     alignas(64) float state_gate[kRows * kPanel];
     alignas(64) float context_gate[kRows * kPanel];
     alignas(64) float candidate[kRows * kPanel];
@@ -113,7 +113,7 @@ class BridgeRun {
   float* scales(int64_t at) const { return reinterpret_cast<float*>(own_ + at); }
 
   void products(int64_t first, int64_t rows) {
-    const RowTiles tiles(rows, Tile::kRows);
+    const RowTiles tiles(rows, tile_rows(format, kVectors));
     const RowsView states{own_, places_.state_row};
     const RowsView contexts{own_ + places_.contexts, places_.context_row};
     const int64_t panels = panels_of(call_.H);

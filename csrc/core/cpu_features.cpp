@@ -1,11 +1,15 @@
 #include "core/cpu_features.h"
 
 #include <cpuid.h>
+#include <sys/syscall.h>
+#include <unistd.h>
 
 #include <cstdint>
 #include <cstdlib>
 #include <fstream>
 #include <stdexcept>
+
+#include "core/amx.h"
 
 namespace encdec {
 namespace {
@@ -93,6 +97,15 @@ const Features& features() {
   return found;
 }
 
+// The registers of the matrix unit take 8 kB of every signal's frame, so Linux gives them only to
+// processes that ask (Documentation/arch/x86/xstate.rst), and refuses where a thread's alternative
+// signal stack has no room for that.
+bool tiles_permitted() {
+  constexpr long kRequestPermission = 0x1023, kTileData = 18;
+  static const bool permitted = syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+  return permitted;
+}
+
 std::string names_of_isas(bool only_supported) {
   std::string names;
   for (const Isa isa : kAllIsas) {
@@ -152,6 +165,8 @@ const char* isa_name(Isa isa) {
       return "avx512";
     case Isa::kAvx512Bf16:
       return "avx512_bf16";
+    case Isa::kAvx512Amx:
+      return "avx512_amx";
   }
   return "unknown";
 }
@@ -161,19 +176,26 @@ bool isa_supported(Isa isa) {
   const bool avx2 = f.has(kAvx2Feature) && f.has(kFma) && f.has(kF16c);
   const bool avx512 =
       avx2 && f.has(kAvx512f) && f.has(kAvx512dq) && f.has(kAvx512bw) && f.has(kAvx512vl);
+  const bool bf16 = avx512 && f.has(kAvx512bf16) && f.has(kAvx512vnni);
   switch (isa) {
     case Isa::kAvx2:
       return avx2;
     case Isa::kAvx512:
       return avx512;
     case Isa::kAvx512Bf16:
-      return avx512 && f.has(kAvx512bf16) && f.has(kAvx512vnni);
+      return bf16;
+    case Isa::kAvx512Amx:
+      return bf16 && f.has(kAmxBf16) && f.has(kAmxInt8) && tiles_permitted();
   }
   return false;
 }
 
 Isa chosen_isa() {
-  static const Isa chosen = choose_isa();
+  static const Isa chosen = [] {
+    const Isa found = choose_isa();
+    amx_chosen = found == Isa::kAvx512Amx;
+    return found;
+  }();
   return chosen;
 }
 

@@ -9,15 +9,20 @@ namespace encdec {
 
 // The instruction sets that kernels are compiled for, from the oldest to the newest. The build
 // (cmake/isa.cmake) compiles each kernel once for each, in the namespace that isa_name() says.
-enum class Isa { kAvx2, kAvx512, kAvx512Bf16 };
+// The last one has no kernels of its own: those of kAvx512Bf16 then hand products of bf16 and int8
+// to the matrix unit (amx.h), which reads the same packed matrices.
+enum class Isa { kAvx2, kAvx512, kAvx512Bf16, kAvx512Amx };
 
-constexpr Isa kAllIsas[] = {Isa::kAvx2, Isa::kAvx512, Isa::kAvx512Bf16};
+constexpr Isa kAllIsas[] = {Isa::kAvx2, Isa::kAvx512, Isa::kAvx512Bf16, Isa::kAvx512Amx};
 
-// "avx2", "avx512" or "avx512_bf16".
+// "avx2", "avx512", "avx512_bf16" or "avx512_amx".
 const char* isa_name(Isa isa);
 
+// The instruction set whose compiled kernels, and packed matrices, `isa` uses.
+constexpr Isa compiled_isa(Isa isa) { return isa == Isa::kAvx512Amx ? Isa::kAvx512Bf16 : isa; }
+
 // Whether this processor has everything that `isa` is compiled for, and the operating system saves
-// its registers.
+// its registers: those of the matrix unit only for a process that asked, as this function does.
 bool isa_supported(Isa isa);
 
 // The newest supported instruction set, or the one that the environment variable ENCDEC_FAST_ISA

@@ -7,6 +7,7 @@
 // it from.
 #pragma once
 
+#include "core/amx.h"
 #include "core/dot.h"
 #include "core/packed_matrix.h"
 
@@ -16,8 +17,22 @@ namespace ENCDEC_ISA_NAMESPACE {
 // The tallest tile whose sums, NV weights and one broadcast fit in the registers.
 constexpr int max_tile_rows(int vectors) { return (kRegisters - 1 - vectors) / vectors; }
 
+// Whether the matrix unit can take products of weights in this format.
+constexpr bool has_amx(Format format, int vectors) {
+  return kIsa == Isa::kAvx512Bf16 && (format == Format::kBfloat16 || format == Format::kInt8) &&
+         (vectors == 2 || vectors == 3);
+}
+
+// Room for the rows of a tile, and how many it really has with the chosen instruction set.
+constexpr int tile_room(Format format, int vectors) {
+  return has_amx(format, vectors) ? amx_rows(vectors) : max_tile_rows(vectors);
+}
+inline int tile_rows(Format format, int vectors) {
+  return amx_chosen ? tile_room(format, vectors) : max_tile_rows(vectors);
+}
+
 // The left side: word g of row r is at data + r * stride + g * step (bytes). Staged rows have their
-// words side by side; a matrix that is stored by columns is read as it lies.
+// words side by side; a matrix of floats that is stored by columns is read as it lies.
 struct RowsView {
   const char* data;
   int64_t stride;
@@ -105,25 +120,77 @@ __attribute__((noinline)) void multiply_tile(const PackedView& w, int64_t panel,
   }
 }
 
-template <Format format, int NV, bool ahead = false, int MR = max_tile_rows(NV)>
-ENCDEC_INLINE void multiply_rows(int rows, const PackedView& w, int64_t panel, RowsView x,
-                                 float* out, int64_t out_stride, bool onto = false) {
+template <Format format, int MR, int NV, bool ahead>
+ENCDEC_INLINE void multiply_up_to(int rows, const PackedView& w, int64_t panel, RowsView x,
+                                  float* out, int64_t out_stride, bool onto) {
   if constexpr (MR > 0) {
     if (rows == MR) {
       multiply_tile<format, MR, NV, ahead>(w, panel, x, out, out_stride, onto);
     } else {
-      multiply_rows<format, NV, ahead, MR - 1>(rows, w, panel, x, out, out_stride, onto);
+      multiply_up_to<format, MR - 1, NV, ahead>(rows, w, panel, x, out, out_stride, onto);
     }
   }
 }
 
-// Cuts `rows` into the fewest tiles, of sizes that differ by at most one.
+// From this many rows on the matrix unit is faster than vectors.
+constexpr int kLeastAmxRows = 4;
+
+// The same tile on the matrix unit, of which the sums come through memory.
+template <Format format, int NV>
+__attribute__((noinline)) void multiply_on_amx(int rows, const PackedView& w, int64_t panel,
+                                               RowsView x, float* out, int64_t out_stride,
+                                               bool onto) {
+  constexpr bool int8 = format == Format::kInt8;
+  alignas(64) float sums[amx_rows(NV) * NV * kLanes];
+  AmxProduct p{int8, rows, NV, 0, x.data, x.stride, w.data + panel * w.panel_bytes, nullptr, 0};
+  for (int64_t done = 0; done < w.groups || done == 0; done += p.groups) {
+    const int64_t left = w.groups - done;
+    p.groups = int8 || left < kSumGroups ? left : kSumGroups;
+    const bool direct = !int8 && done == 0 && !onto;
+    p.out = reinterpret_cast<char*>(direct ? out : sums);
+    p.out_stride = (direct ? out_stride : NV * kLanes) * 4;
+    amx_multiply(p);
+    for (int r = 0; r < rows && !direct; ++r) {
+#pragma GCC unroll 4
+      for (int v = 0; v < NV; ++v) {
+        const float* const sum = sums + (r * NV + v) * kLanes;
+        float* const to = out + r * out_stride + v * kLanes;
+        if constexpr (int8) {
+          store(to, to_float(iadd(iload(sum), iload(w.start + (panel * NV + v) * kLanes))));
+        } else {
+          store(to, add(load(to), load(sum)));
+        }
+      }
+    }
+    if (p.groups == 0) return;
+    p.x += p.groups * 4;
+    p.weights += p.groups * NV * kLanes * 4;
+  }
+}
+
+// One tile: up to tile_rows(format, NV) rows, one panel.
+template <Format format, int NV, bool ahead = false>
+ENCDEC_INLINE void multiply_rows(int rows, const PackedView& w, int64_t panel, RowsView x,
+                                 float* out, int64_t out_stride, bool onto = false) {
+  if constexpr (has_amx(format, NV)) {
+    if (amx_chosen && rows >= kLeastAmxRows) {
+      multiply_on_amx<format, NV>(rows, w, panel, x, out, out_stride, onto);
+      return;
+    }
+  }
+  multiply_up_to<format, max_tile_rows(NV), NV, ahead>(rows, w, panel, x, out, out_stride, onto);
+}
+
+// Cuts `rows` into the fewest tiles, all of one size but for the last: the matrix unit is
+// configured for a number of rows.
 struct RowTiles {
   int64_t rows;
-  int64_t count;
+  int64_t count, size;
   RowTiles(int64_t rows, int max_rows)
-      : rows(rows), count(rows == 0 ? 0 : (rows + max_rows - 1) / max_rows) {}
-  int64_t begin(int64_t i) const { return rows * i / count; }
+      : rows(rows),
+        count(rows == 0 ? 0 : (rows + max_rows - 1) / max_rows),
+        size(count == 0 ? 0 : (rows + count - 1) / count) {}
+  int64_t begin(int64_t i) const { return i * size < rows ? i * size : rows; }
 };
 
 }  // namespace ENCDEC_ISA_NAMESPACE

@@ -8,6 +8,7 @@
 #include <new>
 #include <vector>
 
+#include "core/amx.h"
 #include "core/team.h"
 
 namespace encdec {
@@ -15,6 +16,7 @@ namespace {
 
 // Rounds of some 20 ms: the clock of the first moments does not last.
 constexpr int64_t kProducts = 6000000;
+constexpr int64_t kAmxProducts = 800000;
 
 const Probes& chosen() {
   switch (chosen_isa()) {
@@ -61,9 +63,13 @@ using Buffer = std::unique_ptr<char, void (*)(void*)>;
 
 double measure_peak(Format format, int threads) {
   const Probes& probes = chosen();
-  return 2.0 * best_rate(
-                   threads, [](int) {},
-                   [&](int) { return static_cast<double>(probes.multiply(format, kProducts)); });
+  const bool int8 = format == Format::kInt8;
+  const bool amx = amx_chosen && (int8 || format == Format::kBfloat16);
+  const auto products = [&](int) {
+    return static_cast<double>(amx ? amx_probe(int8, kAmxProducts)
+                                   : probes.multiply(format, kProducts));
+  };
+  return 2.0 * best_rate(threads, [](int) {}, products);
 }
 
 double measure_read_bandwidth(int64_t bytes_per_thread, int threads) {

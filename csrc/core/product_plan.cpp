@@ -2,12 +2,15 @@
 
 #include <algorithm>
 
+#include "core/amx.h"
+
 namespace encdec {
 namespace {
 
 constexpr int64_t kStagedBytes = int64_t{384} << 10;  // a member's rows: they stay in L2
 constexpr int64_t kLeastRows = 56;                    // that a panel is read for
 constexpr int64_t kOwnRows = 42;                      // of a thread, to split rows
+constexpr int64_t kAmxLeastRows = 64;                 // both, where the matrix unit multiplies
 
 // Rough speeds of one core and the cost of a team; only their orders of magnitude matter here.
 constexpr double kWordsPerMicrosecond = 100e3;  // products of 32-bit words
@@ -24,12 +27,18 @@ ProductPlan plan_product(Format format, int64_t M, int64_t N, int64_t K, int64_t
                                 words * double(M) / kWordsPerMicrosecond);
   const bool worth = alone > 2 * kTeamMicroseconds;
   // With many rows each thread stages its own only; with few, each reads its part of the weights.
-  plan.split_rows = worth && M >= kOwnRows * available;
+  // The matrix unit is so fast that what is read decides: all weights, or all rows of floats.
+  const bool amx = amx_chosen && (format == Format::kBfloat16 || format == Format::kInt8);
+  const bool few_weights = N * element_bytes(format) < M * element_bytes(Format::kFloat32);
+  plan.split_rows =
+      worth && M >= (amx ? kAmxLeastRows : kOwnRows) * available && (!amx || few_weights);
   const int64_t most = plan.split_rows ? M : (N + 31) / 32;
   plan.threads = worth ? static_cast<int>(std::min<int64_t>(available, most)) : 1;
   const int64_t own = plan.split_rows ? (M + plan.threads - 1) / plan.threads : M;
-  const int64_t fitting = kStagedBytes / row_bytes;
-  plan.chunk_rows = std::max<int64_t>(1, std::min(own, std::max(fitting, kLeastRows)));
+  const int64_t tile = amx ? amx_rows(2) : 1;
+  const int64_t fitting = kStagedBytes / row_bytes / tile * tile;
+  const int64_t least = amx ? kAmxLeastRows : kLeastRows;
+  plan.chunk_rows = std::max<int64_t>(1, std::min(own, std::max(fitting, least)));
   return plan;
 }
 

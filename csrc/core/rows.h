@@ -79,6 +79,16 @@ ENCDEC_INLINE char* staged_at(char* row, int64_t k) {
   return row + 4 * k;
 }
 
+// As bf16, for a product alone. The hardware's conversion makes zeros of denormals, and so does its
+// product of what to_bf16 gives.
+ENCDEC_INLINE Half to_product_bf16(Float v) {
+#if defined(__AVX512BF16__)
+  return (__m256i)_mm512_cvtneps_pbh(v);
+#else
+  return to_bf16(v);
+#endif
+}
+
 // kLanes numbers into a staged row. int8: `inverse` is 1/scale, the zero point 128.
 template <Format format>
 ENCDEC_INLINE void stage_vector(char* p, Float v, float inverse = 1.0f) {
@@ -87,7 +97,7 @@ ENCDEC_INLINE void stage_vector(char* p, Float v, float inverse = 1.0f) {
     const Float q = max(min(mul(v, set1(inverse)), set1(127.0f)), set1(-127.0f));
     store_u8(reinterpret_cast<uint8_t*>(p), iadd(to_int(q), iset1(128)));
   } else if constexpr (format == Format::kBfloat16) {
-    store_half(p, to_bf16(v));
+    store_half(p, to_product_bf16(v));
   } else {
     store(reinterpret_cast<float*>(p), v);
   }
@@ -100,6 +110,11 @@ ENCDEC_INLINE void stage_vector(char* p, Float v, float inverse = 1.0f) {
 template <Format format>
 inline float stage_row(const char* src, Format dtype, int64_t k, char* dst) {
   const int bytes = element_bytes(dtype);
+  if (format == Format::kBfloat16 && dtype == format) {
+    std::memcpy(dst, src, static_cast<size_t>(k * bytes));
+    std::memset(dst + k * bytes, 0, static_cast<size_t>((round_up(k, kLanes) - k) * bytes));
+    return 1.0f;
+  }
   float scale = 1.0f, inverse = 1.0f;
   if constexpr (format == Format::kInt8) {
     Float largest = zero();
@@ -118,6 +133,16 @@ inline float stage_row(const char* src, Format dtype, int64_t k, char* dst) {
     stage_vector<format>(staged_at<format>(dst, i), v, inverse);
   }
   return scale;
+}
+
+// Columns to staged rows of bf16: pair(i), for i below kLanes, are kLanes words of two rows each
+// (pair_halves), which become word i of kLanes staged rows.
+template <class Pair>
+ENCDEC_INLINE void stage_columns(const Pair& pair, char* to, int64_t row_bytes) {
+  Float words[kLanes];
+  for (int i = 0; i < kLanes; ++i) words[i] = from_bits(pair(i));
+  transpose(words);
+  for (int i = 0; i < kLanes; ++i) store(reinterpret_cast<float*>(to + i * row_bytes), words[i]);
 }
 
 }  // namespace ENCDEC_ISA_NAMESPACE

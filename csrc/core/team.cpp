@@ -9,6 +9,8 @@
 #include <chrono>
 #include <climits>
 
+#include "core/amx.h"
+
 #if defined(__x86_64__)
 #include <immintrin.h>
 #endif
@@ -66,6 +68,7 @@ void run_team(int wanted, void (*body)(int rank, int size, void* context), void*
   (void)fork_handler;
   if (wanted <= 1 || omp_in_parallel() || forked.load(std::memory_order_relaxed)) {
     body(0, 1, context);
+    amx_release();
     return;
   }
   // Members meet once more before the region ends: OpenMP's own wait there spins for milliseconds,
@@ -76,6 +79,7 @@ void run_team(int wanted, void (*body)(int rank, int size, void* context), void*
   {
     const int size = omp_get_num_threads();
     body(omp_get_thread_num(), size, context);
+    amx_release();
     end.wait(size);
   }
 }

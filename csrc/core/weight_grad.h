@@ -1,8 +1,8 @@
 // grad W += dG' X over the rows of a chunk: the product whose common dimension is the rows.
 //
 // X (rows of inputs or of previous states, wherever they lie) is packed by columns with k = row. dG
-// has its rows along k already, so that the product reads it as it lies, by columns: floats
-// directly, bf16 after two rows at a time were put together word by word.
+// has its rows along k already, so that the product reads floats as they lie, by columns; of bf16,
+// two rows make a word, and their words are transposed into staged rows.
 #pragma once
 
 #include "core/gemm.h"
@@ -15,7 +15,6 @@ namespace ENCDEC_ISA_NAMESPACE {
 template <Format format>
 struct WeightGrad {
   static constexpr int NV = kVectors;
-  static constexpr int kTileRows = max_tile_rows(NV);
   static constexpr int kStripTiles = 4;  // tiles of gate units that pass over a panel together
   static constexpr int kGroup = group_size(format);
   static constexpr bool kPaired = format == Format::kBfloat16;
@@ -35,20 +34,16 @@ struct WeightGrad {
     return panels_of(width) * packed_panel_bytes(format, chunk_rows, NV);
   }
   static int64_t bytes(int64_t chunk_rows, int64_t widest, int64_t row_bytes) {
-    return packed_bytes(chunk_rows, widest) + (kPaired ? (chunk_rows + 1) / 2 * 2 * row_bytes : 0);
+    const int64_t staged = row_bytes / 2 * staged_row_bytes(format, chunk_rows);
+    return packed_bytes(chunk_rows, widest) + (kPaired ? staged : 0);
   }
 
   // Before add(), by all members; add() has the barrier that completes it.
   void prepare() const {
     if constexpr (kPaired) {
-      const int64_t pairs = (rows + 1) / 2;
-      for (int64_t i = part(pairs, rank); i < part(pairs, rank + 1); ++i) {
-        const char* even = grads + 2 * i * row_bytes;
-        const char* odd = even + row_bytes;
-        for (int64_t at = 0; at + 2 * kLanes <= row_bytes; at += 2 * kLanes) {
-          const Half upper = 2 * i + 1 < rows ? load_half(odd + at) : to_bf16(zero());
-          istore(paired() + i * 2 * row_bytes + 2 * at, pair_halves(load_half(even + at), upper));
-        }
+      const int64_t squares = (rows + 2 * kLanes - 1) / (2 * kLanes);  // of kLanes pairs of rows
+      for (int64_t i = part(squares, rank); i < part(squares, rank + 1); ++i) {
+        for (int64_t c = 0; c + kLanes <= row_bytes / 2; c += kLanes) transpose_square(i, c);
       }
     }
   }
@@ -69,14 +64,14 @@ struct WeightGrad {
     x.data = buffer;
     x.groups = round_up(rows, kGroup) / kGroup;
     x.panel_bytes = panel;
-    const RowTiles strips(units, kStripTiles * kTileRows);
+    const RowTiles strips(units, kStripTiles * tile_rows(format, NV));
     const int64_t all = gates * strips.count;
     for (int64_t s = part(all, rank); s < part(all, rank + 1); ++s) {
       const int gate = static_cast<int>(s / strips.count);
       const int64_t unit = strips.begin(s % strips.count);
       const int64_t count = strips.begin(s % strips.count + 1) - unit;
       const int64_t column = (first + gate) * padded + unit;
-      const RowsView columns = kPaired ? RowsView{paired() + column * 4, 4, 2 * row_bytes}
+      const RowsView columns = kPaired ? RowsView{staged(column), staged_bytes()}
                                        : RowsView{grads + column * 4, 4, row_bytes};
       multiply_strip(x, columns, count, width, target + (gate_of(gate) * units + unit) * width,
                      overwrite);
@@ -86,12 +81,28 @@ struct WeightGrad {
 
  private:
   int64_t part(int64_t n, int i) const { return n * i / members; }
-  char* paired() const { return buffer + packed_bytes(chunk_rows, widest); }
+  // bf16: a column of dG as a row.
+  int64_t staged_bytes() const { return staged_row_bytes(format, chunk_rows); }
+  char* staged(int64_t column) const {
+    return buffer + packed_bytes(chunk_rows, widest) + column * staged_bytes();
+  }
+
+  // Rows [2 kLanes square, ...) of kLanes columns, with zeros past the last row.
+  void transpose_square(int64_t square, int64_t column) const {
+    const auto half = [&](int64_t row) {
+      return row < rows ? load_half(grads + row * row_bytes + 2 * column) : to_bf16(zero());
+    };
+    const auto pair = [&](int i) {
+      const int64_t row = 2 * (square * kLanes + i);
+      return pair_halves(half(row), half(row + 1));
+    };
+    stage_columns(pair, staged(column) + square * kLanes * 4, staged_bytes());
+  }
 
   void multiply_strip(const PackedView& x, RowsView strip, int64_t count, int64_t width, float* out,
                       bool overwrite) const {
-    alignas(64) float products[kTileRows * kPanel];
-    const RowTiles tiles(count, kTileRows);
+    alignas(64) float products[tile_room(format, NV) * kPanel];
+    const RowTiles tiles(count, tile_rows(format, NV));
     const bool past_caches = overwrite && last && width % kLanes == 0 &&
                              reinterpret_cast<uintptr_t>(out) % (kLanes * sizeof(float)) == 0;
     for (int64_t b = 0; b < panels_of(width); ++b) {
@@ -130,7 +141,7 @@ struct WeightGrad {
           return load_as(dtype, x_rows[row] + at * bytes, lanes);
         };
         if constexpr (kPaired) {
-          istore(dst, pair_halves(to_bf16(read(k)), to_bf16(read(k + 1))));
+          istore(dst, pair_halves(to_product_bf16(read(k)), to_product_bf16(read(k + 1))));
         } else {
           store(reinterpret_cast<float*>(dst), read(k));
         }

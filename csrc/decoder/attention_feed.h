@@ -138,13 +138,13 @@ class AttentionFeed {
       }
       return;
     }
-    constexpr int kRows = max_tile_rows(kVectors);
+    constexpr int kRows = tile_room(format, kVectors);
     alignas(64) float tile[kRows * kPanel];
     PackedView w;
     w.data = call_.workspace + places_.query_weight;
     w.groups = round_up(H_, group_size(format)) / group_size(format);
     w.panel_bytes = packed_panel_bytes(format, H_, kVectors);
-    const RowTiles tiles(B_, kRows);
+    const RowTiles tiles(B_, tile_rows(format, kVectors));
     for (int64_t p = part(panels_of(m_.A), rank_); p < part(panels_of(m_.A), rank_ + 1); ++p) {
       for (int64_t i = 0; i < tiles.count; ++i) {
         const int64_t row = tiles.begin(i), end = tiles.begin(i + 1);

@@ -129,13 +129,13 @@ class AttentionFeedBackward {
     }
     if (!m_.query_weight) return;
     barrier_.wait(members_);
-    constexpr int kRows = max_tile_rows(kVectors);
+    constexpr int kRows = tile_room(format, kVectors);
     alignas(64) float tile[kRows * kPanel];
     PackedView w;
     w.data = call_.workspace + places_.query_weight;
     w.groups = round_up(m_.A, group_size(format)) / group_size(format);
     w.panel_bytes = packed_panel_bytes(format, m_.A, kVectors);
-    const RowTiles tiles(s_.B, kRows);
+    const RowTiles tiles(s_.B, tile_rows(format, kVectors));
     for (int64_t p = part(panels_of(s_.H), rank_); p < part(panels_of(s_.H), rank_ + 1); ++p) {
       for (int64_t i = 0; i < tiles.count; ++i) {
         const int64_t row = tiles.begin(i), end = tiles.begin(i + 1);
@@ -155,8 +155,7 @@ class AttentionFeedBackward {
 
   // The gradients of f_{t-1} from those of step t's gates.
   void after_step(const PackedView& w, RowsView gate_grads) {
-    constexpr int kRows = max_tile_rows(kVectors);
-    const RowTiles tiles(s_.B, kRows);
+    const RowTiles tiles(s_.B, tile_rows(format, kVectors));
     for (int64_t p = part(panels_of(m_.M), rank_); p < part(panels_of(m_.M), rank_ + 1); ++p) {
       for (int64_t i = 0; i < tiles.count; ++i) {
         const int64_t row = tiles.begin(i);

@@ -130,14 +130,14 @@ class StepTeam {
   template <class Put>
   void multiply(const Projection& p, const StagedRows& x, int64_t rows, int64_t first_panel,
                 int64_t end_panel, const Put& put) const {
-    constexpr int kRows = max_tile_rows(kVectors);
+    constexpr int kRows = tile_room(format, kVectors);
     // The first tile of a panel waits for its weights, so a later one asks for the next panel's.
     // With many tiles that wait is a small part, and asking costs more.
     constexpr int64_t kFewTiles = 4;
     alignas(64) float tile[kRows * kPanel];
     const auto& header = *reinterpret_cast<const linear::PackedHeader*>(p.packed);
     const PackedView weight = view(p.packed, header.weight, format, p.K, kVectors);
-    const RowTiles tiles(rows, kRows);
+    const RowTiles tiles(rows, tile_rows(format, kVectors));
     for (int64_t panel = first_panel; panel < end_panel; ++panel) {
       for (int64_t i = 0; i < tiles.count; ++i) {
         const int64_t first = tiles.begin(i), end = tiles.begin(i + 1);

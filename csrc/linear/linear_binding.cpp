@@ -38,7 +38,7 @@ std::vector<Tensor> linear_forward(Tensor input, Tensor weight, Tensor packed, O
                                    double norm_eps) {
   const PackedHeader& h = *reinterpret_cast<const PackedHeader*>(data(packed));
   STD_TORCH_CHECK(packed.numel() >= static_cast<int64_t>(sizeof(PackedHeader)) &&
-                      h.magic == PackedHeader::kMagic && h.isa == chosen_isa() &&
+                      h.magic == PackedHeader::kMagic && h.isa == compiled_isa(chosen_isa()) &&
                       h.bytes <= packed.numel(),
                   "not a packed linear weight of this instruction set");
   if (h.N != weight.size(0) || h.K != weight.size(1) || h.fingerprint != fingerprint(weight, 1)) {

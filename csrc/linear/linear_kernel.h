@@ -148,9 +148,9 @@ class LinearRun {
   }
 
   void products(int64_t first, int64_t rows) {
-    constexpr int kRows = max_tile_rows(kVectors);
+    constexpr int kRows = tile_room(format, kVectors);
     alignas(64) float tile[kRows * kPanel];
-    const RowTiles tiles(rows, kRows);
+    const RowTiles tiles(rows, tile_rows(format, kVectors));
     const int64_t panels = panels_of(call_.N);
     const int64_t begin = call_.plan.split_rows ? 0 : part(panels, rank_);
     const int64_t end = call_.plan.split_rows ? panels : part(panels, rank_ + 1);

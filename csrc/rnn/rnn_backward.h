@@ -89,7 +89,7 @@ class BackwardRun {
   using Sg = Segments<cell>;
   using Pl = PlainBlocking;
   static constexpr int NV = Pl::kVectors;
-  static constexpr int kTileRows = max_tile_rows(NV);
+  static constexpr int kTileRoom = tile_room(format, NV);
   static constexpr int64_t kAhead = 2;  // rows that prefetching is ahead
 
  public:
@@ -227,9 +227,9 @@ class BackwardRun {
       gate_gradients(t, r, chunk_row + r);
     }
     barrier_.wait(members_);
-    alignas(64) float products[kTileRows * Pl::kUnits];
+    alignas(64) float products[kTileRoom * Pl::kUnits];
     const PackedView w = packed(work_ + places_.w_hh);
-    const RowTiles tiles(n, kTileRows);
+    const RowTiles tiles(n, tile_rows(format, NV));
     for (int64_t b = first_ / Pl::kUnits; b * Pl::kUnits < last_; ++b) {
       for (int64_t i = 0; i < tiles.count; ++i) {
         const int64_t row = tiles.begin(i);
@@ -401,13 +401,13 @@ class BackwardRun {
   }
 
   void input_gradients(int64_t rows, const char* const* to) {
-    alignas(64) float products[kTileRows * Pl::kUnits];
+    alignas(64) float products[kTileRoom * Pl::kUnits];
     const PackedView w = packed(work_ + places_.w_ih);
     const int64_t blocks = Pl::blocks(s_.I);
     // As many rows as stay in L2 beside a panel, then all of this member's panels over them.
-    const int64_t group = kTileRows * (1 + 256 * 1024 / (kTileRows * places_.row_bytes));
+    const int64_t group = kTileRoom * (1 + 256 * 1024 / (kTileRoom * places_.row_bytes));
     for (int64_t start = 0; start < rows; start += group) {
-      const RowTiles tiles(smaller(group, rows - start), kTileRows);
+      const RowTiles tiles(smaller(group, rows - start), tile_rows(format, NV));
       for (int64_t b = part(blocks, rank_); b < part(blocks, rank_ + 1); ++b) {
         for (int64_t i = 0; i < tiles.count; ++i) {
           const int64_t row = start + tiles.begin(i);

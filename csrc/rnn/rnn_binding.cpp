@@ -104,7 +104,7 @@ struct WeightCounts {
 bool is_fresh(const Tensor& packed, const Shape& s, const Tensor* w, size_t count) {
   const PackedHeader& h = *reinterpret_cast<const PackedHeader*>(data(packed));
   STD_TORCH_CHECK(packed.numel() >= static_cast<int64_t>(sizeof(PackedHeader)) &&
-                      h.magic == PackedHeader::kMagic && h.isa == chosen_isa() &&
+                      h.magic == PackedHeader::kMagic && h.isa == compiled_isa(chosen_isa()) &&
                       h.bytes <= packed.numel(),
                   "not a packed recurrent weight of this instruction set");
   return h.cell == s.cell && h.I == s.I && h.H == s.H && h.P == s.P &&

@@ -81,7 +81,7 @@ template <Cell cell, Format format, class Feed = NoFeed>
 class ForwardRun {
   using Bl = Blocking<cell>;
   static constexpr int NV = Bl::kVectors;
-  static constexpr int kTileRows = max_tile_rows(NV);
+  static constexpr int kTileRoom = tile_room(format, NV);
   static constexpr int kRowFloats = Bl::kWidth * kLanes;
   static constexpr Format kExchange = kExchanged<format>;
   static constexpr bool kLstmCell = cell == Cell::kLstm;
@@ -219,7 +219,7 @@ class ForwardRun {
             stage_row<format>(call_.input.at(q_, t, r), call_.dtype, s_.I, staged + n * stride);
         if (++r == q_.active(t)) ++t, r = 0;
       }
-      const RowTiles tiles(n, kTileRows);
+      const RowTiles tiles(n, tile_rows(format, NV));
       for (int64_t b = first_; b < last_; ++b) {
         const float* add_bias = bias + b * kRowFloats;
         for (int64_t i = 0; i < tiles.count; ++i) {
@@ -258,12 +258,12 @@ class ForwardRun {
       for (int64_t at = 0; at < state_bytes; at += 64) _mm_prefetch(h_now + at, _MM_HINT_T0);
     }
     const RowsView h = h_is_zero ? RowsView{h_now, 0} : staged_states(h_now, n, s_.P);
-    alignas(64) float products[kTileRows * kRowFloats];
+    alignas(64) float products[kTileRoom * kRowFloats];
     if (h_is_zero) {
       std::memset(products, 0, sizeof(products));
       for (int64_t r = 0; format == Format::kInt8 && r < n; ++r) row_scale()[r] = 0.0f;
     }
-    const RowTiles tiles(n, kTileRows);
+    const RowTiles tiles(n, tile_rows(format, NV));
     for (int64_t i_block = 0; i_block < last_ - first_; ++i_block) {
       // Every other step goes through the blocks backwards: it starts with those that are still in
       // L2 where a member's share of W_hh is larger than that.
@@ -397,8 +397,8 @@ class ForwardRun {
     using Pl = PlainBlocking;
     const PackedView hr = view(dir_.packed, header_.hr, format, s_.H, Pl::kVectors);
     const RowsView m = staged_states(m_row(0), n, s_.H);
-    alignas(64) float products[max_tile_rows(Pl::kVectors) * Pl::kUnits];
-    const RowTiles tiles(n, max_tile_rows(Pl::kVectors));
+    alignas(64) float products[tile_room(format, Pl::kVectors) * Pl::kUnits];
+    const RowTiles tiles(n, tile_rows(format, Pl::kVectors));
     const int64_t blocks = Pl::blocks(s_.P);
     for (int64_t b = part(blocks, rank_); b < part(blocks, rank_ + 1); ++b) {
       for (int64_t i = 0; i < tiles.count; ++i) {

@@ -8,6 +8,7 @@
 
 #include "buffers.h"
 #include "check.h"
+#include "isas.h"
 #include "rnn/rnn_plan.h"
 
 using namespace encdec;
@@ -241,7 +242,7 @@ void test(Isa isa, Decoder d, int threads) {
 
 void run_tests() {
   for (const Isa isa : kAllIsas) {
-    if (!isa_supported(isa)) continue;
+    if (!use_isa(isa)) continue;
     for (const rnn::Cell cell : {rnn::Cell::kLstm, rnn::Cell::kGru}) {
       for (const bool additive : {false, true}) {
         for (const int threads : {1, 3}) {

@@ -11,6 +11,7 @@
 #include "attention/additive.h"
 #include "buffers.h"
 #include "check.h"
+#include "isas.h"
 
 using namespace encdec;
 using namespace encdec::attention;
@@ -271,7 +272,7 @@ void test_additive(const AdditiveKernels& kernels, int64_t Tq, int64_t S, int64_
 
 void run_tests() {
   for (const Isa isa : kAllIsas) {
-    if (!isa_supported(isa)) continue;
+    if (!use_isa(isa)) continue;
     for (const int threads : {1, 3}) {
       for (const int64_t Tq : {1, 5, 20}) {
         test_attention(attention_kernels(isa), Tq, 9, 7, 5, threads);

@@ -5,6 +5,7 @@
 #include <stdexcept>
 
 #include "check.h"
+#include "core/amx.h"
 
 using encdec::Isa;
 
@@ -12,10 +13,12 @@ void run_tests() {
   CHECK(std::strcmp(encdec::isa_name(Isa::kAvx2), "avx2") == 0);
   CHECK(std::strcmp(encdec::isa_name(Isa::kAvx512), "avx512") == 0);
   CHECK(std::strcmp(encdec::isa_name(Isa::kAvx512Bf16), "avx512_bf16") == 0);
+  CHECK(std::strcmp(encdec::isa_name(Isa::kAvx512Amx), "avx512_amx") == 0);
 
   // A newer instruction set contains the older ones.
   CHECK(!encdec::isa_supported(Isa::kAvx512) || encdec::isa_supported(Isa::kAvx2));
   CHECK(!encdec::isa_supported(Isa::kAvx512Bf16) || encdec::isa_supported(Isa::kAvx512));
+  CHECK(!encdec::isa_supported(Isa::kAvx512Amx) || encdec::isa_supported(Isa::kAvx512Bf16));
 
   // The compiler's own runtime reads the same processor.
   CHECK_EQ(encdec::isa_supported(Isa::kAvx2),
@@ -34,6 +37,7 @@ void run_tests() {
   }
   if (encdec::isa_supported(Isa::kAvx2)) {
     CHECK(encdec::chosen_isa() == newest);
+    CHECK_EQ(encdec::amx_chosen, newest == Isa::kAvx512Amx);
     setenv("ENCDEC_FAST_ISA", "mmx", 1);
     CHECK(encdec::chosen_isa() == newest);
   } else {

@@ -7,6 +7,7 @@
 
 #include "buffers.h"
 #include "check.h"
+#include "isas.h"
 
 using namespace encdec;
 using namespace encdec::bridge;
@@ -77,7 +78,7 @@ void test(const Kernels& kernels, Format format, int64_t M, int64_t H, int64_t C
 
 void run_tests() {
   for (const Isa isa : kAllIsas) {
-    if (!isa_supported(isa)) continue;
+    if (!use_isa(isa)) continue;
     for (const Format format :
          {Format::kFloat32, Format::kBfloat16, Format::kFloat16, Format::kInt8}) {
       for (const bool save : {false, true}) {

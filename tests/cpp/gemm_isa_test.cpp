@@ -5,6 +5,7 @@
 
 #include "check.h"
 #include "core/gemm.h"
+#include "isas.h"
 
 using namespace encdec;
 using namespace encdec::ENCDEC_ISA_NAMESPACE;
@@ -56,7 +57,7 @@ void test_product(int64_t k, bool transposed) {
         start.data() + c);
   }
 
-  for (int rows = 1; rows <= max_tile_rows(NV); ++rows) {
+  for (int rows = 1; rows <= tile_rows(format, NV); ++rows) {
     std::vector<float> x(static_cast<size_t>(rows * k));
     for (float& value : x) value = next();
     const int64_t stride = staged_row_bytes(format, k);
@@ -97,6 +98,7 @@ void test_format() {
     test_product<format, 3>(k, false);
     test_product<format, 2>(k, true);
   }
+  test_product<format, 2>(2100, false);  // longer than one run of sums
 }
 
 // Whole numbers have exact int8 forms, so the sums must be exact, saturation included: 255 x 127.
@@ -119,9 +121,11 @@ void test_int8_is_exact() {
   const float s = stage_row<Format::kInt8>(reinterpret_cast<const char*>(x.data()),
                                            Format::kFloat32, k, aligned(row));
   CHECK_EQ(s, 1.0f);
-  std::vector<float> out(2 * kLanes);
-  multiply_rows<Format::kInt8, 2>(1, view, 0, {aligned(row), 0}, out.data(), 2 * kLanes);
-  for (const float value : out) CHECK_EQ(value, 127.0f * 127.0f * k);
+  for (const int rows : {1, tile_rows(Format::kInt8, 2)}) {
+    std::vector<float> out(static_cast<size_t>(rows * 2 * kLanes));
+    multiply_rows<Format::kInt8, 2>(rows, view, 0, {aligned(row), 0}, out.data(), 2 * kLanes);
+    for (const float value : out) CHECK_EQ(value, 127.0f * 127.0f * k);
+  }
 
   // A NaN or an infinity makes the row's scale NaN; a row of zeros has none.
   x[3] = INFINITY;
@@ -133,26 +137,60 @@ void test_int8_is_exact() {
            0.0f);
 }
 
-void test_row_tiles() {
-  for (int64_t rows = 0; rows < 100; ++rows) {
-    const RowTiles tiles(rows, 14);
-    int64_t sum = 0;
-    for (int64_t i = 0; i < tiles.count; ++i) {
-      const int64_t n = tiles.begin(i + 1) - tiles.begin(i);
-      CHECK(n >= 1 && n <= 14 && n >= rows / tiles.count && n <= rows / tiles.count + 1);
-      sum += n;
+// With `onto` the product is added to what is there, however long it is.
+template <Format format>
+void test_onto() {
+  for (const int64_t k : {40, 1100}) {
+    std::vector<char> memory(static_cast<size_t>(packed_panel_bytes(format, k, 2)) + 64);
+    const std::vector<float> ones(static_cast<size_t>(kLanes * k), 1.0f);
+    for (int v = 0; v < 2; ++v) {
+      pack_columns<format>(
+          {reinterpret_cast<const char*>(ones.data()), Format::kFloat32, k, 1, kLanes}, k,
+          aligned(memory) + v * kLanes * 4, 2 * kLanes * 4, nullptr, nullptr);
     }
-    CHECK_EQ(sum, rows);
+    const PackedView view{aligned(memory), round_up(k, group_size(format)) / group_size(format),
+                          packed_panel_bytes(format, k, 2)};
+    const int rows = tile_rows(format, 2);
+    std::vector<char> row(static_cast<size_t>(staged_row_bytes(format, k)) + 64);
+    stage_row<format>(reinterpret_cast<const char*>(ones.data()), Format::kFloat32, k,
+                      aligned(row));
+    std::vector<float> out(static_cast<size_t>(rows * 2 * kLanes), 0.5f);
+    multiply_rows<format, 2>(rows, view, 0, {aligned(row), 0}, out.data(), 2 * kLanes, true);
+    for (const float value : out) CHECK_EQ(value, 0.5f + static_cast<float>(k));
   }
 }
 
-}  // namespace
+void test_row_tiles() {
+  for (const int most : {14, 32}) {
+    for (int64_t rows = 0; rows < 200; ++rows) {
+      const RowTiles tiles(rows, most);
+      CHECK_EQ(tiles.count, (rows + most - 1) / most);
+      CHECK_EQ(tiles.begin(tiles.count), rows);
+      for (int64_t i = 0; i < tiles.count; ++i) {
+        const int64_t n = tiles.begin(i + 1) - tiles.begin(i);
+        CHECK(n >= 1 && n <= most && (n == tiles.size || i + 1 == tiles.count));
+      }
+    }
+  }
+}
 
-void run_tests() {
+void test_products() {
   test_format<Format::kFloat32>();
   test_format<Format::kBfloat16>();
   test_format<Format::kFloat16>();
   test_format<Format::kInt8>();
   test_int8_is_exact();
+  test_onto<Format::kFloat32>();
+  test_onto<Format::kBfloat16>();
+}
+
+}  // namespace
+
+void run_tests() {
+  test_products();
   test_row_tiles();
+  if (kIsa == Isa::kAvx512Bf16 && use_isa(Isa::kAvx512Amx)) {
+    test_products();
+    amx_release();
+  }
 }

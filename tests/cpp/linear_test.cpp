@@ -8,6 +8,7 @@
 
 #include "buffers.h"
 #include "check.h"
+#include "isas.h"
 
 using namespace encdec;
 using namespace encdec::linear;
@@ -121,7 +122,7 @@ void test_backward(const Kernels& kernels, int64_t M, int64_t N, int64_t K, int 
 
 void run_tests() {
   for (const Isa isa : kAllIsas) {
-    if (!isa_supported(isa)) continue;
+    if (!use_isa(isa)) continue;
     for (const int threads : {1, 3}) {
       test_backward(kernels(isa), 1, 1, 1, threads);
       test_backward(kernels(isa), 40, 33, 50, threads);

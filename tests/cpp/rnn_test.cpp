@@ -9,6 +9,7 @@
 
 #include "buffers.h"
 #include "check.h"
+#include "isas.h"
 #include "rnn/rnn_plan.h"
 
 using namespace encdec;
@@ -233,7 +234,7 @@ void test_backward(const Kernels& k, const Case& c) {
 
 void run_tests() {
   for (const Isa isa : kAllIsas) {
-    if (!isa_supported(isa)) continue;
+    if (!use_isa(isa)) continue;
     const Kernels& k = kernels(isa);
     for (const Cell cell : {Cell::kLstm, Cell::kGru, Cell::kTanh, Cell::kRelu}) {
       for (const int64_t H : {1, 33}) {
