@@ -26,7 +26,8 @@ BLOCK_SECONDS = 0.02  # long beside a scheduler's slice, short beside a change o
 BLOCK_CALLS = (3, 200)  # bounds of the calls that a block keeps
 DROP_SECONDS = 1e-3
 DROP_CALLS = (1, 20)
-MIN_ROUNDS, MAX_ROUNDS = 2, 40
+SLOW_SECONDS = 0.3  # a call from here on is a block of its own, and its first is like the others
+MIN_ROUNDS, MAX_ROUNDS = 3, 40
 COLD_BYTES = 96 << 20
 COLD_CALLS = (3, 20)
 
@@ -113,11 +114,15 @@ class Block:
     @property
     def drop(self) -> int:
         """Calls that open a block and are not counted."""
+        if self.estimate >= SLOW_SECONDS:
+            return 0
         return _clamp(DROP_SECONDS / self.estimate, DROP_CALLS)
 
     @property
     def keep(self) -> int:
         """Calls of a block that are counted."""
+        if self.estimate >= SLOW_SECONDS:
+            return 1
         return _clamp(self.block_s / self.estimate, BLOCK_CALLS)
 
     @property
@@ -133,7 +138,7 @@ class Block:
             if time.monotonic() > limit:
                 break
         for kept in range(self.keep):
-            if kept >= BLOCK_CALLS[0] and time.monotonic() > limit:
+            if kept >= min(BLOCK_CALLS[0], self.keep) and time.monotonic() > limit:
                 break
             self.samples.append(timed(self.call))
 

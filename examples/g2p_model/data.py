@@ -76,6 +76,7 @@ def encode_sounds(sounds: Sequence[Sounds]) -> Tensor:
 class Batch:
     """source (B, S), lengths (B); target (B, T + 1), of which the model reads all but the last."""
 
+    pairs: Sequence[Pair]
     source: Tensor
     lengths: Tensor
     target: Tensor
@@ -83,7 +84,7 @@ class Batch:
     @classmethod
     def of(cls, chosen: Sequence[Pair]) -> Batch:
         source, lengths = encode_words([word for word, _ in chosen])
-        return cls(source, lengths, encode_sounds([sounds for _, sounds in chosen]))
+        return cls(chosen, source, lengths, encode_sounds([sounds for _, sounds in chosen]))
 
 
 def batches(chosen: Sequence[Pair], size: int, seed: int | None = None) -> Iterator[Batch]:

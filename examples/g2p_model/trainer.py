@@ -15,12 +15,12 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from encdec_fast import optimize
 from examples.g2p import Trouble
 from examples.g2p_model import checkpoint
 from examples.g2p_model.data import PADDING, Batch, Pair, Sounds, Split, batches, pairs
 from examples.g2p_model.dropout import use_byte_dropout
 from examples.g2p_model.pronounce import error_rates, pronounce
+from examples.g2p_model.teacher import Teacher
 
 
 @dataclass(frozen=True)
@@ -114,10 +114,10 @@ class Trainer:
         use_byte_dropout(self.model)
         if settings.weights:
             self.start_from(Path(settings.weights))
-        self.teacher: nn.Module | None = None
+        self.teacher: Teacher | None = None
         if settings.teacher:
-            teacher = checkpoint.load_model(Path(settings.teacher))[0].requires_grad_(False)
-            self.teacher = optimize(teacher, torch.bfloat16 if settings.bfloat16 else None)
+            weights = torch.bfloat16 if settings.bfloat16 else None
+            self.teacher = Teacher(Path(settings.teacher), weights)
         average = get_ema_multi_avg_fn(settings.average)
         self.average = AveragedModel(self.model, multi_avg_fn=average)
         self.optimizer = torch.optim.AdamW(
@@ -167,11 +167,7 @@ class Trainer:
         loss = cross_entropy(found, right, ignore_index=PADDING, label_smoothing=smoothing)
         if self.teacher is None or not training:
             return loss
-        with torch.no_grad():
-            taught = self.teacher(batch.source, batch.lengths, batch.target[:, :-1])
-            taught = taught.flatten(0, 1).softmax(-1)
-        real = right != PADDING
-        return 0.5 * loss + 0.5 * cross_entropy(found[real], taught[real])
+        return 0.5 * loss + 0.5 * cross_entropy(found[right != PADDING], self.teacher(batch))
 
     def step(self, batch: Batch) -> float:
         """One batch; its loss. Trouble if that is no number: the weights stay as they were."""
