@@ -68,6 +68,10 @@ lint: $(TORCH_STAMP) $(STAMPS)/req-lint ## Check style, types and layers
 	clang-format --dry-run -Werror $(CPP_FILES)
 	lint-imports
 
+.PHONY: triton-report
+triton-report: $(STAMPS)/built $(STAMPS)/req-test ## Compile the Triton kernels for GPUs that need not be here
+	$(PY) -m encdec_fast.triton_kernels.report
+
 .PHONY: bench-rnn
 bench-rnn: $(STAMPS)/built $(STAMPS)/req-bench ## Measure LSTM, GRU and RNN beside their peers (BENCH_ARGS="...")
 	$(BENCH_ENV) $(PY) -m benchmarks.report rnn $(BENCH_ARGS)

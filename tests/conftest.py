@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 from collections.abc import Iterator
 
@@ -9,6 +10,10 @@ import pytest
 import torch
 
 from encdec_fast.backends import library
+
+# Triton's kernels run in its interpreter, on tensors of the CPU; Triton reads this when imported.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 NATIVE = not library.ops_reason()
 # `make test` sets it: there a library that does not load is a failure, not a reason to skip.
@@ -34,6 +39,14 @@ def skip_without_native() -> None:
     if not NATIVE and not REQUIRE_NATIVE:
         pytest.skip(library.ops_reason())
     assert NATIVE, library.ops_reason()
+
+
+@pytest.fixture
+def interpreter() -> None:
+    """For tests of Triton's kernels."""
+    if importlib.util.find_spec("triton") is None and not REQUIRE_NATIVE:
+        pytest.skip("Triton is not installed")
+    assert torch.cuda.is_available() or os.environ.get("TRITON_INTERPRET") == "1"
 
 
 @pytest.fixture(autouse=True)

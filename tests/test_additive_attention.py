@@ -36,12 +36,18 @@ ALL_SHAPES = pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
 ALL_DTYPES = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 
 
-@pytest.fixture(params=["cpu", "reference"])
+@pytest.fixture(params=["cpu", "triton", "reference"])
 def backend(request: pytest.FixtureRequest) -> str:
-    if request.param == "cpu":
-        request.getfixturevalue("native")
+    if request.param != "reference":
+        request.getfixturevalue({"cpu": "native", "triton": "interpreter"}[request.param])
     name: str = request.param
     return name
+
+
+def small_enough(backend: str, shape: tuple[int, ...]) -> None:
+    """Triton's interpreter takes a second for what a kernel does in a microsecond."""
+    if backend == "triton" and shape in (SHAPES["large"], SHAPES["long memory"]):
+        pytest.skip("too large for Triton's interpreter")
 
 
 def make(
@@ -95,6 +101,7 @@ def lengths_of(shape: tuple[int, ...]) -> Tensor:
 def test_forward(
     shape: tuple[int, ...], dtype: torch.dtype, ragged: bool, coverage: bool, backend: str
 ) -> None:
+    small_enough(backend, shape)
     given = make(shape, dtype, coverage=coverage)
     lengths = lengths_of(shape) if ragged else None
     with torch.no_grad(), two_threads():
@@ -126,6 +133,7 @@ def gradients(function: Any, given: dict[str, Tensor], seeds: list[Tensor]) -> l
 def test_gradients(
     shape: tuple[int, ...], dtype: torch.dtype, ragged: bool, coverage: bool, backend: str
 ) -> None:
+    small_enough(backend, shape)
     given = make(shape, dtype, coverage=coverage, grad=True)
     lengths = lengths_of(shape) if ragged else None
 

@@ -36,6 +36,7 @@ from torch import Tensor
 
 from encdec_fast.backends import Backend, Description, explained_by
 from encdec_fast.ops import _attention_checks as checks
+from encdec_fast.ops import _triton
 from encdec_fast.ops._call import GRAPHS, State, autocasting, context_of, needs_gradient
 from encdec_fast.ops._cpu import unfit
 from encdec_fast.ops._packing import with_rows
@@ -147,12 +148,20 @@ def _cpu_backward(
     call: AdditiveCall, grads: Sequence[State], tensors: Sequence[Any], kept: Sequence[Tensor]
 ) -> list[State]:
     grad_context, grad_weights = grads
-    coverage, coverage_weight = tensors[4:6]
     if grad_weights is not None:
         grad_weights = grad_weights.float().contiguous() if call.need_weights else None
-    grad_query, grad_keys, grad_values, grad_v = torch.ops.encdec_fast_cpu.additive_backward(
+    found = torch.ops.encdec_fast_cpu.additive_backward(
         *_rows(tensors), kept[2], *_rows([grad_context]), grad_weights
     )
+    return _with_coverage(call, found, tensors)
+
+
+def _with_coverage(
+    call: AdditiveCall, found: Sequence[Tensor], tensors: Sequence[Any]
+) -> list[State]:
+    """The gradients of query, keys, values and score_weight, and those of the coverage."""
+    grad_query, grad_keys, grad_values, grad_v = found
+    coverage, coverage_weight = tensors[4:6]
     of_coverage: tuple[State, State] = (None, None)
     if coverage is not None:  # it reaches the scores as a part of the keys
         of_coverage = (
@@ -162,7 +171,41 @@ def _cpu_backward(
     return [grad_query, grad_keys, grad_values, grad_v.to(call.dtype), *of_coverage]
 
 
-BACKENDS = (Backend("cpu", _cpu, unfit, backward=_cpu_backward), reference_backend(OP))
+def _contiguous(tensors: Sequence[Any], device: torch.device) -> list[State]:
+    return [None if t is None else t.contiguous().to(device) for t in tensors]
+
+
+def _triton_run(call: AdditiveCall, *tensors: Any) -> tuple[Tensor, ...]:
+    query = tensors[0]
+    with torch.cuda.device_of(query):
+        context, weights = _triton.kernels("additive_attention").forward(
+            *_contiguous(tensors, query.device), call.need_weights or call.training
+        )
+    shown = context.new_empty(0)
+    if call.need_weights:
+        shown = weights.to(call.dtype, copy=call.training)
+    return (context, shown, weights) if call.training else (context, shown)
+
+
+def _triton_backward(
+    call: AdditiveCall, grads: Sequence[State], tensors: Sequence[Any], kept: Sequence[Tensor]
+) -> list[State]:
+    query = tensors[0]
+    grad_context, grad_weights = _contiguous(grads, query.device)
+    if grad_weights is not None:
+        grad_weights = grad_weights.float() if call.need_weights else None
+    with torch.cuda.device_of(query):
+        found = _triton.kernels("additive_attention").backward(
+            grad_context, grad_weights, *_contiguous(tensors, query.device), kept[2]
+        )
+    return _with_coverage(call, found, tensors)
+
+
+BACKENDS = (
+    Backend("triton", _triton_run, _triton.unfit, backward=_triton_backward),
+    Backend("cpu", _cpu, unfit, backward=_cpu_backward),
+    reference_backend(OP),
+)
 OP.backends = BACKENDS
 
 

@@ -1,0 +1,51 @@
+"""The `triton` backend: whether Triton is there, and what speaks against every kernel."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import os
+from functools import cache
+from types import ModuleType
+from typing import Any
+
+import torch
+
+from encdec_fast.backends import requested_backend
+from encdec_fast.ops._cpu import CONTEXTS
+
+_OLDEST = (3, 6)
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+@cache
+def missing() -> str:
+    """Why Triton cannot be used here at all; empty where it can."""
+    if importlib.util.find_spec("triton") is None:
+        return "Triton is not installed (pip install triton)"
+    version = importlib.import_module("triton").__version__
+    if tuple(int(part) for part in version.split(".")[:2]) < _OLDEST:
+        return f"Triton {version} is older than {'.'.join(map(str, _OLDEST))}"
+    return ""
+
+
+def kernels(family: str) -> ModuleType:
+    """The file of triton_kernels/ of that name, imported late: it imports Triton."""
+    return importlib.import_module(f"encdec_fast.triton_kernels.{family}")
+
+
+def unfit(call: Any) -> list[str]:
+    """Reasons against every Triton kernel; call: metadata with device, dtype and context."""
+    if missing():
+        return [missing()]
+    reasons = []
+    if call.device == "cpu" and os.environ.get("TRITON_INTERPRET") == "1":
+        if requested_backend() != "triton":
+            reasons.append("Triton's interpreter runs only where this backend is asked for")
+    elif call.device != "cuda":
+        reasons.append(f"the tensors are on {call.device}")
+    if call.dtype not in DTYPES:
+        reasons.append(f"dtype {call.dtype} is none of float32, bfloat16, float16")
+    if call.context in CONTEXTS:
+        reasons.append(CONTEXTS[call.context])
+    return reasons

@@ -1,0 +1,30 @@
+"""What a kernel is compiled for, so that it can be compiled where there is no GPU."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+# As Triton names the types of what a pointer points to.
+TYPES = ("fp32", "bf16", "fp16")
+
+
+@dataclass(frozen=True)
+class Configuration:
+    """A kernel with everything that shapes its code.
+
+    kernel: the jitted function. types: of its arguments, as Triton writes them ("*fp32", "i32");
+    constants: the values of those that are part of the code, None for a tensor that is not there.
+    tensor_cores: whether its products are for them.
+    """
+
+    kernel: Any
+    dtype: str
+    types: dict[str, str]
+    constants: dict[str, Any] = field(default_factory=dict)
+    warps: int = 4
+    tensor_cores: bool = False
+
+    @property
+    def name(self) -> str:
+        return f"{self.kernel.__name__} {self.dtype}"

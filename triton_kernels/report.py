@@ -1,0 +1,139 @@
+"""Compile every kernel for GPUs that need not be there, and say what it takes of them.
+
+    python -m encdec_fast.triton_kernels.report
+    python -m encdec_fast.triton_kernels.report --capability 9.0 --json
+
+For each configuration that a launcher may choose: registers of a thread, bytes that do not fit in
+them (spills), shared memory of a program, and which instructions multiply matrices. Exit code 1 if
+a kernel spills, takes more shared memory than a program may have on that GPU, or multiplies without
+tensor cores what is meant for them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import triton
+from encdec_fast.triton_kernels import additive_attention
+from encdec_fast.triton_kernels._configuration import TYPES, Configuration
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+# Shared memory that one program may have, in bytes (CUDA C++ Programming Guide, table "Technical
+# Specifications per Compute Capability").
+SHARED = {"8.0": 163 << 10, "9.0": 227 << 10, "10.0": 227 << 10, "12.0": 99 << 10}
+FAMILIES = (additive_attention,)
+_CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+_PRODUCTS = ("wgmma.mma_async", "tcgen05.mma", "mma.sync")
+
+
+@dataclass(frozen=True)
+class Usage:
+    """What one configuration takes on GPUs of one compute capability; sizes in bytes."""
+
+    kernel: str
+    capability: str
+    registers: int
+    spills: int
+    shared: int
+    products: str
+    tensor_cores: bool  # whether its products are for them
+
+    @property
+    def problem(self) -> str:
+        """Empty if it can run at full speed."""
+        if self.spills:
+            return f"{self.spills} bytes do not fit in registers"
+        if self.shared > SHARED[self.capability]:
+            return f"shared memory: at most {SHARED[self.capability]} bytes"
+        if self.tensor_cores and self.products == "-":
+            return "its products are not on tensor cores"
+        return ""
+
+
+def _resources(cubin: bytes) -> tuple[int, int]:
+    """(registers, bytes of local memory) of a compiled kernel."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        command = [str(_CUOBJDUMP), "--dump-resource-usage", file.name]
+        text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    found = {name: int(number) for name, number in re.findall(r"(REG|STACK|LOCAL):(\d+)", text)}
+    return found["REG"], found["STACK"] + found["LOCAL"]
+
+
+def usage(configuration: Configuration, capability: str) -> Usage:
+    """Compile one configuration for a compute capability such as "9.0"."""
+    kernel, constants = configuration.kernel, configuration.constants
+    names = kernel.arg_names
+    types = {n: "constexpr" if n in constants else configuration.types[n] for n in names}
+    # Launchers see to it that tensors start at 16 bytes; sizes are whatever they are.
+    attributes = {
+        (i,): [["tt.divisibility", 16]] for i, n in enumerate(names) if types[n].startswith("*")
+    }
+    source = ASTSource(
+        kernel, types, {(names.index(n),): value for n, value in constants.items()}, attributes
+    )
+    target = GPUTarget("cuda", int(capability.replace(".", "")), 32)
+    compiled = triton.compile(source, target=target, options={"num_warps": configuration.warps})
+    registers, spills = _resources(compiled.asm["cubin"])
+    products = [name for name in _PRODUCTS if name in compiled.asm["ptx"]]
+    return Usage(
+        configuration.name,
+        capability,
+        registers,
+        spills,
+        compiled.metadata.shared,
+        ", ".join(products) or "-",
+        configuration.tensor_cores,
+    )
+
+
+def usages(capabilities: Sequence[str]) -> Iterator[Usage]:
+    """Every configuration of every kernel."""
+    for family in FAMILIES:
+        for dtype in TYPES:
+            for configuration in family.configurations(dtype):
+                for capability in capabilities:
+                    yield usage(configuration, capability)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command line; returns the exit code."""
+    parser = argparse.ArgumentParser(
+        prog="python -m encdec_fast.triton_kernels.report",
+        description="Compile the Triton kernels and say what they take of a GPU.",
+        epilog="exit codes: 0 all fit, 1 some do not, 2 wrong arguments, 130 interrupted",
+    )
+    parser.add_argument("--capability", nargs="+", choices=SHARED, default=list(SHARED))
+    parser.add_argument("--json", action="store_true", help="one JSON list instead of a table")
+    options = parser.parse_args(arguments)
+    found = []
+    if not options.json:
+        print(f"{'kernel':38}{'for':>6}{'registers':>11}{'spills':>8}{'shared':>9}  products")
+    for one in usages(options.capability):
+        found.append(one)
+        if not options.json:
+            print(
+                f"{one.kernel:38}{one.capability:>6}{one.registers:>11}{one.spills:>8}"
+                f"{one.shared:>9}  {one.products}  {one.problem}".rstrip(),
+                flush=True,
+            )
+    if options.json:
+        print(json.dumps([asdict(one) | {"problem": one.problem} for one in found]))
+    return int(any(one.problem for one in found))
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main())
+    except KeyboardInterrupt:
+        sys.exit(130)
