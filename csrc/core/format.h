@@ -6,7 +6,13 @@
 
 namespace encdec {
 
-enum class Format : int32_t { kFloat32 = 0, kBfloat16 = 1, kFloat16 = 2, kInt8 = 3 };
+// Visible, for its values are arguments of templates that a library exports.
+enum class __attribute__((visibility("default"))) Format : int32_t {
+  kFloat32 = 0,
+  kBfloat16 = 1,
+  kFloat16 = 2,
+  kInt8 = 3
+};
 
 constexpr const char* format_name(Format f) {
   return f == Format::kFloat32    ? "float32"

@@ -1,4 +1,5 @@
-// The one matrix product: staged rows times a packed matrix, a register tile at a time.
+// The one matrix product: staged rows times a packed matrix, a tile at a time. This says what a
+// tile is; gemm_cpu.cpp computes it, so that what all kernels share is compiled once.
 //
 // A tile is up to kMaxRows rows by one panel (NV vectors of columns); its sums stay in registers
 // over the whole of k. Each step of k loads NV vectors of weights and broadcasts one word per row.
@@ -41,145 +42,14 @@ struct RowsView {
   RowsView from(int64_t row) const { return {data + row * stride, stride, step}; }
 };
 
-// Sums of floats are carried on for this many groups of k, then added to the result: their error
-// grows with the length of one run.
-constexpr int64_t kSumGroups = 512;
-
-// With `onto`, the result is added to what stands in `out` (not for int8). With `ahead`, the panel
-// behind this one is asked for meanwhile: for whom weights come from memory and rows are few.
-template <Format format, int MR, int NV, bool ahead = false>
-__attribute__((noinline)) void multiply_tile(const PackedView& w, int64_t panel, RowsView x,
-                                             float* out, int64_t out_stride, bool onto = false) {
-  using D = Dot<format>;
-  constexpr int kSplit = MR * NV >= 8 ? 1 : (7 + MR * NV) / (MR * NV);
-  constexpr int kStep = NV * kLanes * weight_group_bytes(format);
-  const char* p = w.data + panel * w.panel_bytes;
-  // Four rows share a base pointer: the offsets 1, 2 and 3 strides need two registers.
-  const char* base[(MR + 3) / 4];
-#pragma GCC unroll 8
-  for (int b = 0; b < (MR + 3) / 4; ++b) base[b] = x.data + 4 * b * x.stride;
-
-  for (int64_t done = 0; done < w.groups || done == 0;) {
-    const int64_t left = w.groups - done;
-    const int64_t groups = format == Format::kInt8 || left < kSumGroups ? left : kSumGroups;
-    typename D::Acc acc[kSplit][MR][NV];
-#pragma GCC unroll 8
-    for (int s = 0; s < kSplit; ++s) {
-#pragma GCC unroll 16
-      for (int r = 0; r < MR; ++r) {
-#pragma GCC unroll 4
-        for (int v = 0; v < NV; ++v) {
-          if constexpr (format == Format::kInt8) {
-            acc[s][r][v] = s == 0 ? iload(w.start + (panel * NV + v) * kLanes) : D::start();
-          } else {
-            acc[s][r][v] = D::start();
-          }
-        }
-      }
-    }
-    const auto step = [&](int s) __attribute__((always_inline)) {
-      decltype(D::weights(p)) weight[NV];
-#pragma GCC unroll 4
-      for (int v = 0; v < NV; ++v) {
-        weight[v] = D::weights(p + v * kLanes * weight_group_bytes(format));
-        if constexpr (ahead) __builtin_prefetch(p + w.panel_bytes + v * 64, 0, 2);
-      }
-#pragma GCC unroll 16
-      for (int r = 0; r < MR; ++r) {
-        const auto word = D::word(base[r / 4] + (r % 4) * x.stride);
-#pragma GCC unroll 4
-        for (int v = 0; v < NV; ++v) acc[s][r][v] = D::step(acc[s][r][v], word, weight[v]);
-      }
-      p += kStep;
-#pragma GCC unroll 8
-      for (int b = 0; b < (MR + 3) / 4; ++b) base[b] += x.step;
-    };
-    int64_t g = groups;
-    for (; g >= kSplit; g -= kSplit) {
-#pragma GCC unroll 8
-      for (int s = 0; s < kSplit; ++s) step(s);
-    }
-    for (; g > 0; --g) step(0);
-
-#pragma GCC unroll 16
-    for (int r = 0; r < MR; ++r) {
-#pragma GCC unroll 4
-      for (int v = 0; v < NV; ++v) {
-        typename D::Acc sum = acc[0][r][v];
-#pragma GCC unroll 8
-        for (int s = 1; s < kSplit; ++s) sum = D::sum(sum, acc[s][r][v]);
-        float* to = out + r * out_stride + v * kLanes;
-        if (done == 0 && !onto) {
-          D::put(to, sum);
-        } else if constexpr (format != Format::kInt8) {
-          store(to, add(load(to), sum));
-        }
-      }
-    }
-    done += groups > 0 ? groups : 1;
-  }
-}
-
-template <Format format, int MR, int NV, bool ahead>
-ENCDEC_INLINE void multiply_up_to(int rows, const PackedView& w, int64_t panel, RowsView x,
-                                  float* out, int64_t out_stride, bool onto) {
-  if constexpr (MR > 0) {
-    if (rows == MR) {
-      multiply_tile<format, MR, NV, ahead>(w, panel, x, out, out_stride, onto);
-    } else {
-      multiply_up_to<format, MR - 1, NV, ahead>(rows, w, panel, x, out, out_stride, onto);
-    }
-  }
-}
-
-// From this many rows on the matrix unit is faster than vectors.
-constexpr int kLeastAmxRows = 4;
-
-// The same tile on the matrix unit, of which the sums come through memory.
-template <Format format, int NV>
-__attribute__((noinline)) void multiply_on_amx(int rows, const PackedView& w, int64_t panel,
-                                               RowsView x, float* out, int64_t out_stride,
-                                               bool onto) {
-  constexpr bool int8 = format == Format::kInt8;
-  alignas(64) float sums[amx_rows(NV) * NV * kLanes];
-  AmxProduct p{int8, rows, NV, 0, x.data, x.stride, w.data + panel * w.panel_bytes, nullptr, 0};
-  for (int64_t done = 0; done < w.groups || done == 0; done += p.groups) {
-    const int64_t left = w.groups - done;
-    p.groups = int8 || left < kSumGroups ? left : kSumGroups;
-    const bool direct = !int8 && done == 0 && !onto;
-    p.out = reinterpret_cast<char*>(direct ? out : sums);
-    p.out_stride = (direct ? out_stride : NV * kLanes) * 4;
-    amx_multiply(p);
-    for (int r = 0; r < rows && !direct; ++r) {
-#pragma GCC unroll 4
-      for (int v = 0; v < NV; ++v) {
-        const float* const sum = sums + (r * NV + v) * kLanes;
-        float* const to = out + r * out_stride + v * kLanes;
-        if constexpr (int8) {
-          store(to, to_float(iadd(iload(sum), iload(w.start + (panel * NV + v) * kLanes))));
-        } else {
-          store(to, add(load(to), load(sum)));
-        }
-      }
-    }
-    if (p.groups == 0) return;
-    p.x += p.groups * 4;
-    p.weights += p.groups * NV * kLanes * 4;
-  }
-}
-
-// One tile: up to tile_rows(format, NV) rows, one panel.
+// One tile: up to tile_rows(format, NV) rows by one panel. With `onto`, the result is added to what
+// stands in `out` (not for int8). With `ahead`, the panel behind this one is asked for meanwhile:
+// for whom weights come from memory and rows are few. gemm_cpu.cpp has it for NV 2, and 3 without
+// `ahead`.
 template <Format format, int NV, bool ahead = false>
-ENCDEC_INLINE void multiply_rows(int rows, const PackedView& w, int64_t panel, RowsView x,
-                                 float* out, int64_t out_stride, bool onto = false) {
-  if constexpr (has_amx(format, NV)) {
-    if (amx_chosen && rows >= kLeastAmxRows) {
-      multiply_on_amx<format, NV>(rows, w, panel, x, out, out_stride, onto);
-      return;
-    }
-  }
-  multiply_up_to<format, max_tile_rows(NV), NV, ahead>(rows, w, panel, x, out, out_stride, onto);
-}
+__attribute__((visibility("default"))) void multiply_rows(int rows, const PackedView& w,
+                                                          int64_t panel, RowsView x, float* out,
+                                                          int64_t out_stride, bool onto = false);
 
 // Cuts `rows` into the fewest tiles, all of one size but for the last: the matrix unit is
 // configured for a number of rows.
