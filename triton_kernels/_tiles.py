@@ -1,4 +1,4 @@
-"""What kernels share: tiles of matrices and their products."""
+"""What kernels share: functions of numbers, tiles of matrices and their products."""
 
 from __future__ import annotations
 
@@ -10,10 +10,24 @@ _INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 
 
 @triton.jit
-def rows_of(base, rows, count, columns, width):
-    """A tile [rows, columns] of a matrix of rows of `width` numbers, zeros outside of it."""
+def tanh(x):
+    """Of one exponential and one division; its error is below 2e-7 everywhere."""
+    return 1.0 - 2.0 / (1.0 + tl.exp(2.0 * x))
+
+
+@triton.jit
+def sigmoid(x):
+    return 1.0 / (1.0 + tl.exp(-x))
+
+
+@triton.jit
+def rows_of(base, rows, count, columns, width, stride):
+    """A tile [rows, columns] of a matrix (count, width), zeros outside of it.
+
+    stride: numbers from one of its rows to the next.
+    """
     inside = (rows[:, None] < count) & (columns[None, :] < width)
-    return tl.load(base + rows[:, None].to(tl.int64) * width + columns[None, :], inside, 0.0)
+    return tl.load(base + rows[:, None].to(tl.int64) * stride + columns[None, :], inside, 0.0)
 
 
 @triton.jit

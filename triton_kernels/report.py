@@ -22,7 +22,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import triton
-from encdec_fast.triton_kernels import additive_attention
+from encdec_fast.triton_kernels import additive_attention, gated_bridge
 from encdec_fast.triton_kernels._configuration import TYPES, Configuration
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
@@ -30,7 +30,7 @@ from triton.compiler import ASTSource
 # Shared memory that one program may have, in bytes (CUDA C++ Programming Guide, table "Technical
 # Specifications per Compute Capability").
 SHARED = {"8.0": 163 << 10, "9.0": 227 << 10, "10.0": 227 << 10, "12.0": 99 << 10}
-FAMILIES = (additive_attention,)
+FAMILIES = (additive_attention, gated_bridge)
 _CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
 _PRODUCTS = ("wgmma.mma_async", "tcgen05.mma", "mma.sync")
 
@@ -70,7 +70,7 @@ def _resources(cubin: bytes) -> tuple[int, int]:
     return found["REG"], found["STACK"] + found["LOCAL"]
 
 
-def usage(configuration: Configuration, capability: str) -> Usage:
+def usage(family: str, configuration: Configuration, capability: str) -> Usage:
     """Compile one configuration for a compute capability such as "9.0"."""
     kernel, constants = configuration.kernel, configuration.constants
     names = kernel.arg_names
@@ -87,7 +87,7 @@ def usage(configuration: Configuration, capability: str) -> Usage:
     registers, spills = _resources(compiled.asm["cubin"])
     products = [name for name in _PRODUCTS if name in compiled.asm["ptx"]]
     return Usage(
-        configuration.name,
+        f"{family}.{configuration.name}",
         capability,
         registers,
         spills,
@@ -103,7 +103,7 @@ def usages(capabilities: Sequence[str]) -> Iterator[Usage]:
         for dtype in TYPES:
             for configuration in family.configurations(dtype):
                 for capability in capabilities:
-                    yield usage(configuration, capability)
+                    yield usage(family.__name__.rpartition(".")[2], configuration, capability)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -118,12 +118,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     found = []
     if not options.json:
-        print(f"{'kernel':38}{'for':>6}{'registers':>11}{'spills':>8}{'shared':>9}  products")
+        print(f"{'kernel':50}{'for':>6}{'registers':>11}{'spills':>8}{'shared':>9}  products")
     for one in usages(options.capability):
         found.append(one)
         if not options.json:
             print(
-                f"{one.kernel:38}{one.capability:>6}{one.registers:>11}{one.spills:>8}"
+                f"{one.kernel:50}{one.capability:>6}{one.registers:>11}{one.spills:>8}"
                 f"{one.shared:>9}  {one.products}  {one.problem}".rstrip(),
                 flush=True,
             )

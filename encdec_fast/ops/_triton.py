@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import os
+from collections.abc import Sequence
 from functools import cache
 from types import ModuleType
 from typing import Any
@@ -32,6 +33,11 @@ def missing() -> str:
 def kernels(family: str) -> ModuleType:
     """The file of triton_kernels/ of that name, imported late: it imports Triton."""
     return importlib.import_module(f"encdec_fast.triton_kernels.{family}")
+
+
+def contiguous(tensors: Sequence[Any], device: torch.device) -> list[Any]:
+    """Tensors as the kernels read them, all on one device; None stays None."""
+    return [None if t is None else t.contiguous().to(device) for t in tensors]
 
 
 def unfit(call: Any) -> list[str]:

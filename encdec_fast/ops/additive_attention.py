@@ -171,15 +171,11 @@ def _with_coverage(
     return [grad_query, grad_keys, grad_values, grad_v.to(call.dtype), *of_coverage]
 
 
-def _contiguous(tensors: Sequence[Any], device: torch.device) -> list[State]:
-    return [None if t is None else t.contiguous().to(device) for t in tensors]
-
-
 def _triton_run(call: AdditiveCall, *tensors: Any) -> tuple[Tensor, ...]:
     query = tensors[0]
     with torch.cuda.device_of(query):
         context, weights = _triton.kernels("additive_attention").forward(
-            *_contiguous(tensors, query.device), call.need_weights or call.training
+            *_triton.contiguous(tensors, query.device), call.need_weights or call.training
         )
     shown = context.new_empty(0)
     if call.need_weights:
@@ -191,12 +187,12 @@ def _triton_backward(
     call: AdditiveCall, grads: Sequence[State], tensors: Sequence[Any], kept: Sequence[Tensor]
 ) -> list[State]:
     query = tensors[0]
-    grad_context, grad_weights = _contiguous(grads, query.device)
+    grad_context, grad_weights = _triton.contiguous(grads, query.device)
     if grad_weights is not None:
         grad_weights = grad_weights.float() if call.need_weights else None
     with torch.cuda.device_of(query):
         found = _triton.kernels("additive_attention").backward(
-            grad_context, grad_weights, *_contiguous(tensors, query.device), kept[2]
+            grad_context, grad_weights, *_triton.contiguous(tensors, query.device), kept[2]
         )
     return _with_coverage(call, found, tensors)
 

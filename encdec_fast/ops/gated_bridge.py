@@ -30,6 +30,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from encdec_fast.backends import Backend, Description, explained_by
+from encdec_fast.ops import _triton
 from encdec_fast.ops._attention_checks import check_shapes
 from encdec_fast.ops._call import (
     State,
@@ -151,14 +152,26 @@ def _cpu_backward(
     call: GatedBridgeCall, grads: Sequence[State], tensors: Sequence[Any], kept: Sequence[Tensor]
 ) -> list[State]:
     """torch's products of what the gate, elementwise in float32, makes of the gradient."""
-    state, context, gate_weight, context_weight = tensors[:4]
-    hidden, given = gate_weight.shape[0], grads[0]
-    assert given is not None
-    s, c = state.reshape(-1, hidden), context.reshape(-1, context.shape[-1])
-    grad, g, u = (t.reshape(-1, hidden).float() for t in (given, kept[1], kept[2]))
+    assert grads[0] is not None
+    s = tensors[0]
+    grad, g, u = (t.float() for t in (grads[0], kept[1], kept[2]))
+    of_state = (grad * g).to(call.dtype)
     of_logit = (grad * (s - u) * g * (1 - g)).to(call.dtype)
     of_candidate = (grad * (1 - g) * (1 - u * u)).to(call.dtype)
-    of_state = torch.addmm((grad * g).to(call.dtype), of_logit, gate_weight[:, :hidden])
+    return _products(tensors, of_state, of_logit, of_candidate)
+
+
+def _products(
+    tensors: Sequence[Any], of_state: Tensor, of_logit: Tensor, of_candidate: Tensor
+) -> list[State]:
+    """The gradients from those of the state alone, of the gate's logit and of tanh's argument."""
+    state, context, gate_weight, context_weight = tensors[:4]
+    hidden = gate_weight.shape[0]
+    s, c = state.reshape(-1, hidden), context.reshape(-1, context.shape[-1])
+    of_state, of_logit, of_candidate = (
+        t.reshape(-1, hidden) for t in (of_state, of_logit, of_candidate)
+    )
+    of_state = torch.addmm(of_state, of_logit, gate_weight[:, :hidden])
     of_context = torch.addmm(of_logit @ gate_weight[:, hidden:], of_candidate, context_weight)
     return [
         of_state.view(state.shape),
@@ -169,7 +182,33 @@ def _cpu_backward(
     ]
 
 
-BACKENDS = (Backend("cpu", _cpu, unfit, backward=_cpu_backward), reference_backend(OP))
+def _unfit_for_triton(call: GatedBridgeCall) -> list[str]:
+    reasons = _triton.unfit(call)
+    if call.weight_dtype:
+        reasons.append(f"it has no weights held in {call.weight_dtype}")
+    return reasons
+
+
+def _triton_run(call: GatedBridgeCall, *tensors: Any) -> tuple[Tensor, ...]:
+    with torch.cuda.device_of(tensors[0]):
+        own = _triton.contiguous(tensors, tensors[0].device)
+        return tuple(_triton.kernels("gated_bridge").forward(*own, call.training))
+
+
+def _triton_backward(
+    call: GatedBridgeCall, grads: Sequence[State], tensors: Sequence[Any], kept: Sequence[Tensor]
+) -> list[State]:
+    state = tensors[0]
+    with torch.cuda.device_of(state):
+        own = _triton.contiguous((grads[0], state, *kept[1:3]), state.device)
+        return _products(tensors, *_triton.kernels("gated_bridge").gradients(*own))
+
+
+BACKENDS = (
+    Backend("triton", _triton_run, _unfit_for_triton, backward=_triton_backward),
+    Backend("cpu", _cpu, unfit, backward=_cpu_backward),
+    reference_backend(OP),
+)
 OP.backends = BACKENDS
 
 
