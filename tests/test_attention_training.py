@@ -52,6 +52,9 @@ def test_gradients(shape: Any, masks: str, dtype: torch.dtype, backend: str) -> 
         gradients(reference(**theirs)[:1], theirs, seeds),
         gradients(reference(**truth)[:1], truth, seeds),
         3.0,
+        # Where one key counts its gradient is 0, and torch's kernel has on some processors what
+        # rounding leaves of a sum of D terms less the same sum.
+        relative=1e-6 if backend == "torch" else 0.0,
     )
 
 

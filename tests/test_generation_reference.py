@@ -147,7 +147,8 @@ def ties(model: str, case: str) -> tuple[int, int]:
         for hyp, other in zip(mine, others, strict=True):
             assert hyp.score == pytest.approx(other.score, abs=1e-4)
             if hyp.tokens == other.tokens:
-                assert hyp.log_probs == pytest.approx(other.log_probs, abs=1e-4)
+                # Both round, and these models magnify it: each is within 1e-4 of float64.
+                assert hyp.log_probs == pytest.approx(other.log_probs, abs=2e-4)
                 continue
             exact = [
                 models.score(tiny.double(), i, h.tokens, len(prompts[i]), config)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 # As Triton names the types of what a pointer points to.
@@ -14,8 +14,8 @@ class Configuration:
     """A kernel with everything that shapes its code.
 
     kernel: the jitted function. types: of its arguments, as Triton writes them ("*fp32", "i32");
-    constants: the values of those that are part of the code, None for a tensor that is not there.
-    tensor_cores: whether its products are for them.
+    constants: the values of those that are part of the code. absent: names of tensors that are not
+    there. tensor_cores: whether its products are for them.
     """
 
     kernel: Any
@@ -24,7 +24,13 @@ class Configuration:
     constants: dict[str, Any] = field(default_factory=dict)
     warps: int = 4
     tensor_cores: bool = False
+    absent: tuple[str, ...] = ()
 
     @property
     def name(self) -> str:
-        return f"{self.kernel.__name__} {self.dtype}"
+        plain = " plain" if self.absent else ""
+        return f"{self.kernel.__name__} {self.dtype}{plain}"
+
+    def plain(self, *absent: str) -> Configuration:
+        """The same without these tensors."""
+        return replace(self, absent=absent)

@@ -38,8 +38,10 @@ INNER = 16
 def _length(lengths, b, S):
     """How many keys sentence b has; lengths: None, or a pointer to numbers that nobody checked."""
     if lengths is None:
-        return S
-    return tl.minimum(tl.maximum(tl.load(lengths + b), 0), S).to(tl.int32)
+        n = S
+    else:
+        n = tl.minimum(tl.maximum(tl.load(lengths + b), 0), S).to(tl.int32)
+    return n
 
 
 @triton.jit
@@ -120,15 +122,15 @@ def context_kernel(
         inside = (t[:, None] < T) & (s[None, :] < n)
         e = tl.load(scores + row + s[None, :], inside, float("-inf"))
         w = tl.exp(e - most[:, None]) / total[:, None]
-        if weights is not None and tl.program_id(0) == 0:
-            tl.store(weights + row + s[None, :], w, inside)
+        if weights is not None:
+            tl.store(weights + row + s[None, :], w, inside & (tl.program_id(0) == 0))
         value = rows_of(values + b * S * D, s, n, d, D, D)
         out += dot(w.to(value.dtype), value)
-    if weights is not None and tl.program_id(0) == 0:
+    if weights is not None:
         for s0 in range(n // COLUMNS * COLUMNS, S, COLUMNS):
             s = s0 + tl.arange(0, COLUMNS)
             padding = (t[:, None] < T) & (s[None, :] >= n) & (s[None, :] < S)
-            tl.store(weights + row + s[None, :], 0.0, padding)
+            tl.store(weights + row + s[None, :], 0.0, padding & (tl.program_id(0) == 0))
     inside = (t[:, None] < T) & (d[None, :] < D)
     tl.store(context + (b * T + t[:, None]) * D + d[None, :], out, inside)
 
@@ -374,9 +376,16 @@ def configurations(dtype: str) -> Iterator[Configuration]:
         return Configuration(kernel, dtype, types, constants | more, tile["num_warps"], **cores)
 
     cores: dict[str, bool] = {}
+    options = ("coverage", "u", "lengths")
     for kernel in (scores_kernel, query_gradients_kernel, key_gradients_kernel):
-        yield with_tile(kernel, TANH_TILE)
+        whole = with_tile(kernel, TANH_TILE)
+        yield from (whole, whole.plain(*options))
     cores["tensor_cores"] = dtype != "fp32"
-    yield with_tile(context_kernel, SQUARE, INNER=INNER)
-    yield with_tile(value_gradients_kernel, SQUARE)
-    yield with_tile(score_gradients_kernel, SQUARE, INNER=INNER)
+    whole = with_tile(context_kernel, SQUARE, INNER=INNER)
+    yield from (whole, whole.plain("lengths", "weights"))
+    whole = with_tile(value_gradients_kernel, SQUARE)
+    yield from (whole, whole.plain("lengths"))
+    whole = with_tile(score_gradients_kernel, SQUARE, INNER=INNER)
+    yield from (whole, whole.plain("lengths", "grad_weights"))
+    cores["tensor_cores"] = False  # of the weights' own gradients
+    yield with_tile(score_gradients_kernel, SQUARE, INNER=INNER).plain("grad_context", "values")

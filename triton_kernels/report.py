@@ -72,7 +72,8 @@ def _resources(cubin: bytes) -> tuple[int, int]:
 
 def usage(family: str, configuration: Configuration, capability: str) -> Usage:
     """Compile one configuration for a compute capability such as "9.0"."""
-    kernel, constants = configuration.kernel, configuration.constants
+    kernel = configuration.kernel
+    constants = {**configuration.constants, **dict.fromkeys(configuration.absent)}
     names = kernel.arg_names
     types = {n: "constexpr" if n in constants else configuration.types[n] for n in names}
     # Launchers see to it that tensors start at 16 bytes; sizes are whatever they are.
@@ -118,12 +119,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     found = []
     if not options.json:
-        print(f"{'kernel':50}{'for':>6}{'registers':>11}{'spills':>8}{'shared':>9}  products")
+        print(f"{'kernel':58}{'for':>6}{'registers':>11}{'spills':>8}{'shared':>9}  products")
     for one in usages(options.capability):
         found.append(one)
         if not options.json:
             print(
-                f"{one.kernel:50}{one.capability:>6}{one.registers:>11}{one.spills:>8}"
+                f"{one.kernel:58}{one.capability:>6}{one.registers:>11}{one.spills:>8}"
                 f"{one.shared:>9}  {one.products}  {one.problem}".rstrip(),
                 flush=True,
             )
