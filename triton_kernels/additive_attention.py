@@ -123,14 +123,16 @@ def context_kernel(
         e = tl.load(scores + row + s[None, :], inside, float("-inf"))
         w = tl.exp(e - most[:, None]) / total[:, None]
         if weights is not None:
-            tl.store(weights + row + s[None, :], w, inside & (tl.program_id(0) == 0))
+            if tl.program_id(0) == 0:
+                tl.store(weights + row + s[None, :], w, inside)
         value = rows_of(values + b * S * D, s, n, d, D, D)
         out += dot(w.to(value.dtype), value)
     if weights is not None:
-        for s0 in range(n // COLUMNS * COLUMNS, S, COLUMNS):
-            s = s0 + tl.arange(0, COLUMNS)
-            padding = (t[:, None] < T) & (s[None, :] >= n) & (s[None, :] < S)
-            tl.store(weights + row + s[None, :], 0.0, padding & (tl.program_id(0) == 0))
+        if tl.program_id(0) == 0:
+            for s0 in range(n // COLUMNS * COLUMNS, S, COLUMNS):
+                s = s0 + tl.arange(0, COLUMNS)
+                padding = (t[:, None] < T) & (s[None, :] >= n) & (s[None, :] < S)
+                tl.store(weights + row + s[None, :], 0.0, padding)
     inside = (t[:, None] < T) & (d[None, :] < D)
     tl.store(context + (b * T + t[:, None]) * D + d[None, :], out, inside)
 
