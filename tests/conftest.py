@@ -16,7 +16,8 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 NATIVE = not library.ops_reason()
-# `make test` sets it: there a library that does not load is a failure, not a reason to skip.
+# `make test` sets it: there a library that does not load, and a missing Triton, is a failure and no
+# reason to skip.
 REQUIRE_NATIVE = bool(os.environ.get("ENCDEC_FAST_REQUIRE_NATIVE"))
 
 
@@ -41,11 +42,17 @@ def skip_without_native() -> None:
     assert NATIVE, library.ops_reason()
 
 
+def skip_without_triton() -> None:
+    there = importlib.util.find_spec("triton") is not None
+    if not there and not REQUIRE_NATIVE:
+        pytest.skip("Triton is not installed")
+    assert there, "Triton is not installed"
+
+
 @pytest.fixture
 def interpreter() -> None:
     """For tests of Triton's kernels."""
-    if importlib.util.find_spec("triton") is None and not REQUIRE_NATIVE:
-        pytest.skip("Triton is not installed")
+    skip_without_triton()
     assert torch.cuda.is_available() or os.environ.get("TRITON_INTERPRET") == "1"
 
 

@@ -54,7 +54,7 @@ def test_gradients(shape: Any, masks: str, dtype: torch.dtype, backend: str) -> 
         3.0,
         # Where one key counts its gradient is 0, and torch's kernel has on some processors what
         # rounding leaves of a sum of D terms less the same sum.
-        relative=1e-6 if backend == "torch" else 0.0,
+        relative=1e-6 if (backend, masks, dtype) == ("torch", "causal", torch.float32) else 0.0,
     )
 
 

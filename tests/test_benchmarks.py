@@ -223,6 +223,12 @@ class TestSampler:
         assert order.count("a") > len(samples["a"])  # estimates and dropped calls
         assert all(sample >= 1e-3 for sample in samples["a"])
 
+    def test_a_slow_call_is_a_block(self) -> None:
+        slow = sampler.Block(lambda: None, sampler.SLOW_SECONDS)
+        fast = sampler.Block(lambda: None, sampler.SLOW_SECONDS / 2)
+        assert (slow.drop, slow.keep) == (0, 1)
+        assert (fast.drop, fast.keep) == (sampler.DROP_CALLS[0], sampler.BLOCK_CALLS[0])
+
     def test_quiet(self) -> None:
         stop = threading.Event()
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from conftest import skip_without_triton
 
 CAPABILITIES = ("8.0", "9.0", "10.0", "12.0")
 
@@ -33,7 +34,7 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def usages(cache: Path) -> list[dict[str, Any]]:
-    pytest.importorskip("triton")
+    skip_without_triton()
     result = report(["--json"], cache)
     assert result.returncode in (0, 1), result.stderr
     found: list[dict[str, Any]] = json.loads(result.stdout)

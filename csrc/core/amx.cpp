@@ -10,9 +10,8 @@ namespace {
 
 constexpr int64_t kLine = 64;  // bytes of k in a tile's row; 16 sums
 
-// The tile registers: 0 to 3 hold sums, 4 and 5 rows, 6 and 7 weights; with three vectors of
-// columns, 5 holds weights as well. Written in assembly, because the intrinsics of the compilers
-// take the register's number as a literal only.
+// The tile registers: 0 to 3 hold sums, 4 and 5 rows, 6 and 7 weights. Written in assembly, because
+// the intrinsics of the compilers take the register's number as a literal only.
 template <int tile>
 inline void zero_tile() {
   asm volatile("tilezero %%tmm%c0" : : "i"(tile));
@@ -77,56 +76,47 @@ struct Rest {
   }
 };
 
-// How a product is laid over the tiles: `step` adds the products of one step to the sums.
-template <bool int8>
-struct TwoByTwo {  // up to 32 rows, two vectors of columns
+// How a product is laid over the tiles: `step` adds the products of one step to the sums. Up to 16
+// rows, two of a panel's `vectors` of columns:
+template <bool int8, int vectors = 2>
+struct OneByTwo {
   static void step(const char* x, int64_t stride, const char* w) {
-    load_tile<6>(w, 2 * kLine);
+    load_tile<6>(w, vectors * kLine);
     load_tile<4>(x, stride);
     multiply_tiles<int8, 0, 4, 6>();
-    load_tile<7>(w + kLine, 2 * kLine);
+    load_tile<7>(w + kLine, vectors * kLine);
     multiply_tiles<int8, 1, 4, 7>();
+  }
+  static void store(char* out, int64_t stride) {
+    store_tile<0>(out, stride);
+    store_tile<1>(out + kLine, stride);
+  }
+};
+
+template <bool int8>
+struct TwoByTwo {  // up to 32 rows
+  static void step(const char* x, int64_t stride, const char* w) {
+    OneByTwo<int8>::step(x, stride, w);
     load_tile<5>(x + kAmxTile * stride, stride);
     multiply_tiles<int8, 2, 5, 6>();
     multiply_tiles<int8, 3, 5, 7>();
   }
   static void store(char* out, int64_t stride) {
-    store_tile<0>(out, stride);
-    store_tile<1>(out + kLine, stride);
+    OneByTwo<int8>::store(out, stride);
     store_tile<2>(out + kAmxTile * stride, stride);
     store_tile<3>(out + kAmxTile * stride + kLine, stride);
   }
 };
 
 template <bool int8>
-struct OneByTwo {
-  static void step(const char* x, int64_t stride, const char* w) {
-    load_tile<6>(w, 2 * kLine);
-    load_tile<4>(x, stride);
-    multiply_tiles<int8, 0, 4, 6>();
-    load_tile<7>(w + kLine, 2 * kLine);
-    multiply_tiles<int8, 1, 4, 7>();
-  }
-  static void store(char* out, int64_t stride) {
-    store_tile<0>(out, stride);
-    store_tile<1>(out + kLine, stride);
-  }
-};
-
-template <bool int8>
 struct OneByThree {
   static void step(const char* x, int64_t stride, const char* w) {
-    load_tile<6>(w, 3 * kLine);
-    load_tile<4>(x, stride);
-    multiply_tiles<int8, 0, 4, 6>();
-    load_tile<7>(w + kLine, 3 * kLine);
-    multiply_tiles<int8, 1, 4, 7>();
+    OneByTwo<int8, 3>::step(x, stride, w);
     load_tile<6>(w + 2 * kLine, 3 * kLine);
     multiply_tiles<int8, 2, 4, 6>();
   }
   static void store(char* out, int64_t stride) {
-    store_tile<0>(out, stride);
-    store_tile<1>(out + kLine, stride);
+    OneByTwo<int8, 3>::store(out, stride);
     store_tile<2>(out + 2 * kLine, stride);
   }
 };

@@ -1,11 +1,11 @@
 // The one matrix product: staged rows times a packed matrix, a tile at a time. This says what a
 // tile is; gemm_cpu.cpp computes it, so that what all kernels share is compiled once.
 //
-// A tile is up to kMaxRows rows by one panel (NV vectors of columns); its sums stay in registers
-// over the whole of k. Each step of k loads NV vectors of weights and broadcasts one word per row.
-// Tiles of few rows split k over independent sums, so that the latency of the multiply-add is
-// hidden. The result is a small block of floats that stays in L1, where the caller's epilogue takes
-// it from.
+// A tile of vector instructions is up to max_tile_rows rows by one panel (NV vectors of columns);
+// its sums stay in registers over the whole of k. Each step of k loads NV vectors of weights and
+// broadcasts one word per row. Tiles of few rows split k over independent sums, so that the latency
+// of the multiply-add is hidden. The result is a small block of floats that stays in L1, where the
+// caller's epilogue takes it from.
 #pragma once
 
 #include "core/amx.h"

@@ -94,7 +94,7 @@ ENCDEC_INLINE void multiply_up_to(int rows, const PackedView& w, int64_t panel, 
   }
 }
 
-// From this many rows on the matrix unit is faster than vectors.
+// With fewer rows most of what a tile could multiply would be idle.
 constexpr int kLeastAmxRows = 4;
 
 // The same tile on the matrix unit, of which the sums come through memory.

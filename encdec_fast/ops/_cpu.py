@@ -30,6 +30,12 @@ def unfit(call: Any) -> list[str]:
         reasons.append(library.ops_reason())
     if call.device != "cpu":
         reasons.append(f"the tensors are on {call.device}")
+    return reasons + unsuited(call)
+
+
+def unsuited(call: Any) -> list[str]:
+    """Reasons against every kernel of this package, wherever it runs."""
+    reasons = []
     if call.dtype not in FORMATS:
         reasons.append(f"dtype {call.dtype} is none of float32, bfloat16, float16")
     if call.context in CONTEXTS:

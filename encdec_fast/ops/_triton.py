@@ -13,10 +13,9 @@ from typing import Any
 import torch
 
 from encdec_fast.backends import requested_backend
-from encdec_fast.ops._cpu import CONTEXTS
+from encdec_fast.ops._cpu import unsuited
 
 _OLDEST = (3, 6)
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 @cache
@@ -50,8 +49,4 @@ def unfit(call: Any) -> list[str]:
             reasons.append("Triton's interpreter runs only where this backend is asked for")
     elif call.device != "cuda":
         reasons.append(f"the tensors are on {call.device}")
-    if call.dtype not in DTYPES:
-        reasons.append(f"dtype {call.dtype} is none of float32, bfloat16, float16")
-    if call.context in CONTEXTS:
-        reasons.append(CONTEXTS[call.context])
-    return reasons
+    return reasons + unsuited(call)
