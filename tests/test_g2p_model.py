@@ -62,9 +62,11 @@ COMMANDS = {
 QUICK = " --epochs 2 --batch 16 --warmup 2 --validation-words 8 --threads 1"
 
 
-def trainer(model: str = "recurrent", **options: Any) -> Trainer:
+def trainer(
+    model: str = "recurrent", sizes: dict[str, Any] | None = None, **options: Any
+) -> Trainer:
     options = {"epochs": 3, "batch": 16, "warmup": 4, "validation_words": 8} | options
-    settings = Settings(model, SIZES[model], **options)
+    settings = Settings(model, SIZES[model] | (sizes or {}), **options)
     return Trainer(settings, Data.of(SPLIT, settings))
 
 
@@ -202,29 +204,51 @@ def test_start_from_weights(tmp_path: Path) -> None:
         trainer("transformer", weights=str(path))
 
 
+def test_start_from_a_smaller_model(tmp_path: Path) -> None:
+    """More layers and wider blocks: the same results at first, and all of it learns."""
+    small, path = trainer("transformer", seed=1), tmp_path / "model.safetensors"
+    checkpoint.save_model(path, small.model, small.about(), torch.float32)
+    sizes = {"num_encoder_layers": 2, "num_decoder_layers": 3, "dim_feedforward": 40}
+    large = trainer("transformer", sizes, weights=str(path))
+    batch = next(data.batches(small.data.train, 16))
+    given = (batch.source, batch.lengths, batch.target[:, :-1])
+    torch.testing.assert_close(large.model.eval()(*given), small.model.eval()(*given))
+    before = {name: weight.clone() for name, weight in large.model.named_parameters()}
+    run_epochs(large, tmp_path / "run")
+    for name, weight in large.model.named_parameters():
+        assert not torch.equal(weight, before[name]), name
+    with pytest.raises(g2p.Trouble, match="does not hold the weights"):
+        trainer("transformer", {"dim_feedforward": 8}, weights=str(path))
+    with pytest.raises(g2p.Trouble, match="does not hold the weights"):
+        trainer("transformer", {"d_model": 32}, weights=str(path))
+
+
 def test_teacher(tmp_path: Path) -> None:
-    """Half of the loss is the cross entropy from the teacher's distributions, where words are."""
-    path = tmp_path / "teacher.safetensors"
-    teacher = trainer("recurrent", seed=1)
-    checkpoint.save_model(path, teacher.model, teacher.about(), torch.float32)
-    one, plain = trainer("transformer", teacher=str(path)), trainer("transformer")
+    """Half of the loss is the cross entropy from the mean of the teachers, where words are."""
+    paths = [tmp_path / "first.safetensors", tmp_path / "second.safetensors"]
+    teachers = [trainer("recurrent", seed=1), trainer("transformer", seed=2)]
+    for path, teacher in zip(paths, teachers, strict=True):
+        checkpoint.save_model(path, teacher.model, teacher.about(), torch.float32)
+    names = [str(path) for path in paths]
+    one, plain = trainer("transformer", teacher=names), trainer("transformer")
     batch = next(data.batches(one.data.train, 16))
-    for model in (one.model, plain.model, teacher.model):
+    for model in (one.model, plain.model, *(teacher.model for teacher in teachers)):
         model.eval()
     assert one.loss(one.model, batch) == plain.loss(plain.model, batch)  # in validation
     given = (batch.source, batch.lengths, batch.target[:, :-1])
     one.model.training = True  # without its dropout, which is in its parts
     real = batch.target[:, 1:] != data.PADDING
     with torch.no_grad():
-        taught = teacher.model(*given)[real].softmax(-1)
+        first, second = (teacher.model(*given)[real].softmax(-1) for teacher in teachers)
+        taught = (first + second) / 2
         found = one.model(*given)[real].log_softmax(-1)
         smoothed = 0.9 * -found.gather(1, batch.target[:, 1:][real][:, None]).mean()
         smoothed += 0.1 * -found.mean()
         expected = 0.5 * smoothed - 0.5 * (taught * found).sum(-1).mean()
         torch.testing.assert_close(one.loss(one.model, batch), expected)
-    run_epochs(trainer("transformer", teacher=str(path), bfloat16=True), tmp_path / "run")
+    run_epochs(trainer("transformer", teacher=names, bfloat16=True), tmp_path / "run")
     with pytest.raises(g2p.Trouble, match="cannot be read"):
-        trainer(teacher=str(tmp_path / "none.safetensors"))
+        trainer(teacher=[names[0], str(tmp_path / "none.safetensors")])
 
 
 def test_loss_that_is_no_number() -> None:

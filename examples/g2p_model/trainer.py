@@ -19,6 +19,7 @@ from examples.g2p import Trouble
 from examples.g2p_model import checkpoint
 from examples.g2p_model.data import PADDING, Batch, Pair, Sounds, Split, batches, pairs
 from examples.g2p_model.dropout import use_byte_dropout
+from examples.g2p_model.growth import grown
 from examples.g2p_model.pronounce import error_rates, pronounce
 from examples.g2p_model.teacher import Teacher
 
@@ -29,9 +30,9 @@ class Settings:
 
     average: what is validated and kept as the best model has the average of the weights of all
         batches so far, in which those of the last have the part 1 - average (Polyak and Juditsky,
-        1992); 0: their last values. weights: the checkpoint that a training starts from. teacher: a
-        checkpoint whose distributions are half of what is learned (Hinton et al., 2015,
-        arXiv:1503.02531), at temperature 1.
+        1992); 0: their last values. weights: the checkpoint that a training starts from, of this
+        model or of a smaller one (growth.py). teacher: checkpoints whose mean distribution is half
+        of what is learned (Hinton et al., 2015, arXiv:1503.02531), at temperature 1.
     """
 
     model: str
@@ -46,7 +47,7 @@ class Settings:
     clip: float = 1.0
     average: float = 0.0
     weights: str | None = None
-    teacher: str | None = None
+    teacher: list[str] | None = None
     patience: int = 8
     bfloat16: bool = False
     seed: int = 0
@@ -117,7 +118,7 @@ class Trainer:
         self.teacher: Teacher | None = None
         if settings.teacher:
             weights = torch.bfloat16 if settings.bfloat16 else None
-            self.teacher = Teacher(Path(settings.teacher), weights)
+            self.teacher = Teacher([Path(one) for one in settings.teacher], weights)
         average = get_ema_multi_avg_fn(settings.average)
         self.average = AveragedModel(self.model, multi_avg_fn=average)
         self.optimizer = torch.optim.AdamW(
@@ -132,7 +133,7 @@ class Trainer:
     def start_from(self, path: Path) -> None:
         """Take the weights of a checkpoint. Trouble if they are another model's."""
         try:
-            self.model.load_state_dict(checkpoint.read_tensors(path))
+            self.model.load_state_dict(grown(checkpoint.read_tensors(path), self.model))
         except RuntimeError as error:
             raise Trouble(f"{path} does not hold the weights of such a model: {error}") from None
 
