@@ -130,6 +130,9 @@ void run(const AmxProduct& p) {
   const int64_t whole = p.groups / kAmxStepGroups * kAmxStepGroups;
   const int64_t weight_bytes = p.vectors * kLine;
   for (int64_t g = 0; g < whole; g += kAmxStepGroups) {
+    for (int line = p.ahead_first; line < p.ahead_end; ++line) {
+      __builtin_prefetch(p.ahead + g * weight_bytes + line * kLine, 0, 2);
+    }
     Tiling::step(p.x + g * 4, p.x_stride, p.weights + g * weight_bytes);
   }
   if (whole < p.groups) {

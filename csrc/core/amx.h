@@ -30,6 +30,10 @@ struct AmxProduct {
   const char* weights;
   char* out;
   int64_t out_stride;
+  // Lines of 64 bytes that are asked for meanwhile, from `ahead` on: of each step's 16 * vectors
+  // those from ahead_first up to ahead_end.
+  const char* ahead = nullptr;
+  int ahead_first = 0, ahead_end = 0;
 };
 void amx_multiply(const AmxProduct& p);
 

@@ -42,14 +42,19 @@ struct RowsView {
   RowsView from(int64_t row) const { return {data + row * stride, stride, step}; }
 };
 
+// Which of how many tiles that all read one panel a tile is. Together they ask for the panel behind
+// it: for weights that come from memory, or from a cache that cores share. No tiles: they do not.
+struct Ahead {
+  int64_t tile = 0, tiles = 0;
+};
+
 // One tile: up to tile_rows(format, NV) rows by one panel. With `onto`, the result is added to what
-// stands in `out` (not for int8). With `ahead`, the panel behind this one is asked for meanwhile:
-// for whom weights come from memory and rows are few. gemm_cpu.cpp has it for NV 2, and 3 without
-// `ahead`.
-template <Format format, int NV, bool ahead = false>
+// stands in `out` (not for int8). gemm_cpu.cpp has it for NV 2 and 3.
+template <Format format, int NV>
 __attribute__((visibility("default"))) void multiply_rows(int rows, const PackedView& w,
                                                           int64_t panel, RowsView x, float* out,
-                                                          int64_t out_stride, bool onto = false);
+                                                          int64_t out_stride, bool onto = false,
+                                                          Ahead ahead = {});
 
 // Cuts `rows` into the fewest tiles, all of one size but for the last: the matrix unit is
 // configured for a number of rows.

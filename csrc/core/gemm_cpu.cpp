@@ -101,16 +101,22 @@ constexpr int kLeastAmxRows = 4;
 template <Format format, int NV>
 __attribute__((noinline)) void multiply_on_amx(int rows, const PackedView& w, int64_t panel,
                                                RowsView x, float* out, int64_t out_stride,
-                                               bool onto) {
+                                               bool onto, Ahead ahead) {
   constexpr bool int8 = format == Format::kInt8;
   alignas(64) float sums[amx_rows(NV) * NV * kLanes];
   AmxProduct p{int8, rows, NV, 0, x.data, x.stride, w.data + panel * w.panel_bytes, nullptr, 0};
+  if (ahead.tiles > 0) {
+    constexpr int64_t kLines = NV * kAmxStepGroups;
+    p.ahead_first = static_cast<int>(kLines * ahead.tile / ahead.tiles);
+    p.ahead_end = static_cast<int>(kLines * (ahead.tile + 1) / ahead.tiles);
+  }
   for (int64_t done = 0; done < w.groups || done == 0; done += p.groups) {
     const int64_t left = w.groups - done;
     p.groups = int8 || left < kSumGroups ? left : kSumGroups;
     const bool direct = !int8 && done == 0 && !onto;
     p.out = reinterpret_cast<char*>(direct ? out : sums);
     p.out_stride = (direct ? out_stride : NV * kLanes) * 4;
+    p.ahead = p.weights + w.panel_bytes;
     amx_multiply(p);
     for (int r = 0; r < rows && !direct; ++r) {
 #pragma GCC unroll 4
@@ -132,32 +138,40 @@ __attribute__((noinline)) void multiply_on_amx(int rows, const PackedView& w, in
 
 }  // namespace
 
-template <Format format, int NV, bool ahead>
+// The first tile of a panel waits for its weights, so the second asks for the next panel's. With
+// many tiles that wait is a small part, and asking costs more.
+constexpr int64_t kFewTiles = 4;
+
+template <Format format, int NV>
 void multiply_rows(int rows, const PackedView& w, int64_t panel, RowsView x, float* out,
-                   int64_t out_stride, bool onto) {
+                   int64_t out_stride, bool onto, Ahead ahead) {
   if constexpr (has_amx(format, NV)) {
     if (amx_chosen && rows >= kLeastAmxRows) {
-      multiply_on_amx<format, NV>(rows, w, panel, x, out, out_stride, onto);
+      multiply_on_amx<format, NV>(rows, w, panel, x, out, out_stride, onto, ahead);
       return;
     }
   }
-  multiply_up_to<format, max_tile_rows(NV), NV, ahead>(rows, w, panel, x, out, out_stride, onto);
+  constexpr int kRows = max_tile_rows(NV);
+  if constexpr (NV == 2) {
+    if (ahead.tile == 1 && ahead.tiles <= kFewTiles) {
+      multiply_up_to<format, kRows, NV, true>(rows, w, panel, x, out, out_stride, onto);
+      return;
+    }
+  }
+  multiply_up_to<format, kRows, NV, false>(rows, w, panel, x, out, out_stride, onto);
 }
 
 // Every kind of tile that a kernel uses.
-using Multiply = void(int rows, const PackedView&, int64_t panel, RowsView, float*, int64_t, bool);
-template Multiply multiply_rows<Format::kFloat32, 2, false>;
-template Multiply multiply_rows<Format::kFloat32, 2, true>;
-template Multiply multiply_rows<Format::kFloat32, 3, false>;
-template Multiply multiply_rows<Format::kBfloat16, 2, false>;
-template Multiply multiply_rows<Format::kBfloat16, 2, true>;
-template Multiply multiply_rows<Format::kBfloat16, 3, false>;
-template Multiply multiply_rows<Format::kFloat16, 2, false>;
-template Multiply multiply_rows<Format::kFloat16, 2, true>;
-template Multiply multiply_rows<Format::kFloat16, 3, false>;
-template Multiply multiply_rows<Format::kInt8, 2, false>;
-template Multiply multiply_rows<Format::kInt8, 2, true>;
-template Multiply multiply_rows<Format::kInt8, 3, false>;
+using Multiply = void(int rows, const PackedView&, int64_t panel, RowsView, float*, int64_t, bool,
+                      Ahead);
+template Multiply multiply_rows<Format::kFloat32, 2>;
+template Multiply multiply_rows<Format::kFloat32, 3>;
+template Multiply multiply_rows<Format::kBfloat16, 2>;
+template Multiply multiply_rows<Format::kBfloat16, 3>;
+template Multiply multiply_rows<Format::kFloat16, 2>;
+template Multiply multiply_rows<Format::kFloat16, 3>;
+template Multiply multiply_rows<Format::kInt8, 2>;
+template Multiply multiply_rows<Format::kInt8, 3>;
 
 }  // namespace ENCDEC_ISA_NAMESPACE
 }  // namespace encdec

@@ -42,6 +42,13 @@ int64_t Candidates::kept(const History& h) const {
   return most <= kMostKept ? most : 0;
 }
 
+// A draw may take any token, and where a single row is normalised after its edits little may be
+// left.
+bool Candidates::reads(const History& h) const {
+  return masks_ || options_.sample || options_.prefix_bias > 0.0 || constraints_.reads_tokens() ||
+         kept(h) == 0 || (options_.beams == 1 && constraints_.active(h));
+}
+
 bool Candidates::find(const History& h, float* row, const Scanned* scanned, int32_t biased,
                       std::vector<Candidate>* found) {
   const bool beams = options_.beams > 1;

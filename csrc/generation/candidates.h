@@ -28,6 +28,8 @@ class Candidates {
 
   // How many of the largest scores `find` can use; 0: none, it will read the row.
   int64_t kept(const History& h) const;
+  // Whether `find` may read scores that were neither kept nor are edited.
+  bool reads(const History& h) const;
   // The row is changed. scanned: null where the decoder does not scan. biased: the token that a
   // soft prefix asks for here, or -1. Returns false where a score is NaN or +infinity.
   bool find(const History& h, float* row, const Scanned* scanned, int32_t biased,

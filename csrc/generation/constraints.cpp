@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <limits>
+#include <utility>
 
 namespace encdec::generation {
 namespace {
@@ -54,6 +55,10 @@ Constraints::Constraints(const Options& options, int64_t vocabulary)
   for (const int32_t token : options.eos) {
     if (token < vocabulary) ends_.push_back(token);
   }
+  for (const Tokens* some : {&std::as_const(ends_), &options.suppressed, &options.begin_suppressed}) {
+    editable_.insert(editable_.end(), some->begin(), some->end());
+  }
+  std::sort(editable_.begin(), editable_.end());
   if (!options.vocabulary.empty()) {
     allowed_.assign(static_cast<size_t>(vocabulary), 0);
     for (const int32_t token : options.vocabulary) allowed_[static_cast<size_t>(token)] = 1;

@@ -30,6 +30,8 @@ class Constraints {
   const Tokens* forced(const History& h) const;
   // Whether `edit` would change scores of a hypothesis like this.
   bool active(const History& h) const;
+  // The tokens whose scores it may change where tokens themselves do not matter, in rising order.
+  const Tokens& editable() const { return editable_; }
   // The most scores that it would change.
   int64_t most_edits(const History& h) const;
   // The score of token t is row[t] - offset, before and after. edits: by token, each once.
@@ -51,7 +53,7 @@ class Constraints {
   const int64_t vocabulary_;
   std::vector<Tokens> bad_words_;
   std::vector<char> allowed_;
-  Tokens ends_, forced_bos_, begin_forced_bos_, forced_eos_, begin_forced_eos_;
+  Tokens ends_, editable_, forced_bos_, begin_forced_bos_, forced_eos_, begin_forced_eos_;
   bool reads_tokens_;
 };
 

@@ -87,6 +87,11 @@ struct StepScores {
   int64_t stride = 0;
   float* attention = nullptr;  // [rows][S]; null: not wanted
   RowScans scans;
+  // With `few`, only the scores of these tokens, in rising order, will be read: a decoder that
+  // scans need not write others.
+  bool few = false;
+  const int32_t* few_tokens = nullptr;
+  int64_t few_count = 0;
 };
 
 struct TransformerStep {

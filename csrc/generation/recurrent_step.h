@@ -74,7 +74,7 @@ inline RecurrentPlaces recurrent_places(const RecurrentStep& s) {
   p.hidden_stride = staged_row_bytes(s.format, s.H);
   p.hidden = all.take(s.rows * p.hidden_stride);
   p.hidden_scales = all.take(s.rows * 4);
-  p.scans = all.take(s.threads * score_bytes(s.output, s.rows));
+  p.scans = all.take(s.threads * score_bytes(s.rows));
   p.member = all.end();
   Layout unused;
   p.own = query_places(memory_places(memory_of(s), s.B, unused), member);

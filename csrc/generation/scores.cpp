@@ -11,9 +11,10 @@ namespace encdec::generation {
 Scores::Scores(const Options& options, const Constraints& constraints, const Decoder& decoder,
                int64_t rows, int64_t attention_size)
     : decoder_(decoder),
+      constraints_(constraints),
       stride_(round_up(decoder.vocabulary(), 64)),
       attention_size_(attention_size),
-      logits_(static_cast<size_t>(rows * stride_), -std::numeric_limits<float>::infinity()),
+      logits_(new float[static_cast<size_t>(rows * stride_)]),
       attention_(static_cast<size_t>(rows * attention_size)),
       found_(static_cast<size_t>(rows)) {
   for (int i = 0; i < options.threads; ++i) {
@@ -21,6 +22,11 @@ Scores::Scores(const Options& options, const Constraints& constraints, const Dec
         {Candidates(options, constraints, decoder.vocabulary(), !decoder.restricts()),
          {},
          nullptr});
+  }
+  // A decoder with a shortlist leaves the scores of other tokens as they are. Nobody else reads
+  // what was not written, and what is not touched costs nothing.
+  if (decoder.restricts()) {
+    std::fill_n(logits_.get(), rows * stride_, -std::numeric_limits<float>::infinity());
   }
   if (!decoder.scans()) return;
   const size_t count = static_cast<size_t>(rows), kept = static_cast<size_t>(kMostKept);
@@ -32,12 +38,19 @@ Scores::Scores(const Options& options, const Constraints& constraints, const Dec
 
 StepScores Scores::next(const std::vector<History>& histories) {
   StepScores to;
-  to.logits = logits_.data();
+  to.logits = logits_.get();
   to.stride = stride_;
   to.attention = attention_size_ ? attention_.data() : nullptr;
   if (!decoder_.scans()) return to;
   kept_ = 0;
-  for (const History& h : histories) kept_ = std::max(kept_, members_[0].candidates.kept(h));
+  const Candidates& candidates = members_[0].candidates;
+  to.few = true;
+  to.few_tokens = constraints_.editable().data();
+  to.few_count = static_cast<int64_t>(constraints_.editable().size());
+  for (const History& h : histories) {
+    kept_ = std::max(kept_, candidates.kept(h));
+    to.few = to.few && !candidates.reads(h);
+  }
   to.scans = {kept_, log_sums_.data(), numbers_.data(), places_.data(), counts_.data()};
   return to;
 }
@@ -68,7 +81,7 @@ bool Scores::find_row(Member& member, int64_t row, const Asked& asked) {
   if (decoder_.scans()) {
     scanned = {log_sums_[r], numbers_.data() + first, places_.data() + first, counts_[r], kept_};
   }
-  return member.candidates.find(asked.history, logits_.data() + row * stride_,
+  return member.candidates.find(asked.history, logits_.get() + row * stride_,
                                 decoder_.scans() ? &scanned : nullptr, asked.biased, &found_[r]);
 }
 

@@ -3,6 +3,7 @@
 
 #include <exception>
 #include <functional>
+#include <memory>
 #include <vector>
 
 #include "generation/candidates.h"
@@ -42,8 +43,10 @@ class Scores {
   bool find_row(Member& member, int64_t row, const Asked& asked);
 
   const Decoder& decoder_;
+  const Constraints& constraints_;
   const int64_t stride_, attention_size_;
-  std::vector<float> logits_, attention_;
+  const std::unique_ptr<float[]> logits_;
+  std::vector<float> attention_;
   int64_t kept_ = 0;  // of each row by the decoder's own scan
   std::vector<float> log_sums_, numbers_;
   Tokens places_, counts_;

@@ -53,10 +53,11 @@ ENCDEC_INLINE void store_lanes(float* to, Float x, int lanes) {
 // Columns of scores that are computed, then scanned, while they are in cache.
 constexpr int64_t kScoreBlock = 8 * kPanel;
 
-// What a member of a team needs to find the best of so many rows of scores.
-inline int64_t score_bytes(const OutputLayer& layer, int64_t rows) {
-  const int64_t scans = rows * (static_cast<int64_t>(sizeof(RowScan)) + kMostKept * 8);
-  return round_up(scans + (layer.tokens ? rows * kScoreBlock * 4 : 0), 64);
+// What a member of a team needs to find the best of so many rows of scores: a block of them, scans
+// and their lists.
+inline int64_t score_bytes(int64_t rows) {
+  const int64_t scan = static_cast<int64_t>(sizeof(RowScan)) + kMostKept * 8;
+  return round_up(rows * (kScoreBlock * 4 + scan), 64);
 }
 
 template <Format format>
@@ -90,8 +91,11 @@ class StepTeam {
   void score(const OutputLayer& layer, const StagedRows& x, int64_t rows, const StepScores& to,
              char* work) const {
     const Projection& p = layer.projection;
+    const auto block_of = [&](int member) {
+      return reinterpret_cast<float*>(work + member * score_bytes(rows));
+    };
     const auto scans_of = [&](int member) {
-      return reinterpret_cast<RowScan*>(work + member * score_bytes(layer, rows));
+      return reinterpret_cast<RowScan*>(block_of(member) + rows * kScoreBlock);
     };
     RowScan* const own = scans_of(rank_);
     RowScans lists = to.scans;
@@ -102,11 +106,13 @@ class StepTeam {
     for (int64_t first = panels * rank_ / members_; first < last; first += kScoreBlock / kPanel) {
       const int64_t end = std::min(last, first + kScoreBlock / kPanel), column = first * kPanel;
       const int64_t count = std::min(end * kPanel, p.N) - column;
-      // Scores of a shortlist are put in their places afterwards.
+      // Scores of a shortlist are put in their places afterwards, and others if asked for.
       const int32_t* const tokens = layer.tokens ? layer.tokens + column : nullptr;
-      float* const block =
-          tokens ? reinterpret_cast<float*>(lists.places + rows * kMostKept) : to.logits + column;
-      const int64_t stride = tokens ? kScoreBlock : to.stride;
+      const bool direct = !tokens && !to.few;
+      float* const block = direct ? to.logits + column : block_of(rank_);
+      const int64_t stride = direct ? to.stride : kScoreBlock;
+      const int32_t* const few_end = to.few_tokens + to.few_count;
+      const int32_t* const few = std::lower_bound(to.few_tokens, few_end, column);
       multiply(p, x, rows, first, end,
                [&](int64_t r, int64_t c, Float y, int lanes) __attribute__((always_inline)) {
                  store_lanes(block + r * stride + c - column, y, lanes);
@@ -115,7 +121,11 @@ class StepTeam {
         const float* const found = block + r * stride;
         own[r].take(found, count, column, tokens);
         float* const row = to.logits + r * to.stride;
-        for (int64_t i = 0; tokens && i < count; ++i) row[tokens[i]] = found[i];
+        if (tokens) {
+          for (int64_t i = 0; i < count; ++i) row[tokens[i]] = found[i];
+        } else if (to.few) {
+          for (auto t = few; t < few_end && *t < column + count; ++t) row[*t] = found[*t - column];
+        }
       }
     }
     wait();
@@ -131,9 +141,6 @@ class StepTeam {
   void multiply(const Projection& p, const StagedRows& x, int64_t rows, int64_t first_panel,
                 int64_t end_panel, const Put& put) const {
     constexpr int kRows = tile_room(format, kVectors);
-    // The first tile of a panel waits for its weights, so a later one asks for the next panel's.
-    // With many tiles that wait is a small part, and asking costs more.
-    constexpr int64_t kFewTiles = 4;
     alignas(64) float tile[kRows * kPanel];
     const auto& header = *reinterpret_cast<const linear::PackedHeader*>(p.packed);
     const PackedView weight = view(p.packed, header.weight, format, p.K, kVectors);
@@ -142,13 +149,8 @@ class StepTeam {
       for (int64_t i = 0; i < tiles.count; ++i) {
         const int64_t first = tiles.begin(i), end = tiles.begin(i + 1);
         const RowsView own{x.data + first * x.stride, x.stride};
-        if (i == 1 && tiles.count <= kFewTiles) {
-          multiply_rows<format, kVectors, true>(static_cast<int>(end - first), weight, panel, own,
-                                                tile, kPanel);
-        } else {
-          multiply_rows<format, kVectors>(static_cast<int>(end - first), weight, panel, own, tile,
-                                          kPanel);
-        }
+        multiply_rows<format, kVectors>(static_cast<int>(end - first), weight, panel, own, tile,
+                                        kPanel, false, {i, tiles.count});
         for (int v = 0; v < kVectors && panel * kPanel + v * kLanes < p.N; ++v) {
           const int64_t column = panel * kPanel + v * kLanes;
           const int lanes = lanes_left(column, p.N);

@@ -33,7 +33,7 @@ inline TransformerPlaces transformer_places(const TransformerStep& s) {
   p.staged_stride = staged_row_bytes(s.format, largest);
   p.staged = all.take(s.rows * p.staged_stride);
   p.scales = all.take(s.rows * 4);
-  p.scans = all.take(s.threads * score_bytes(s.output, s.rows));
+  p.scans = all.take(s.threads * score_bytes(s.rows));
   p.member = all.end();
   const int64_t keys = round_up(std::max(s.position + 1, s.S), kTile);
   const int64_t rows = round_up(s.rows, attention::ENCDEC_ISA_NAMESPACE::kTileQueries);

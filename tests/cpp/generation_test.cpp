@@ -201,23 +201,42 @@ void check_scan(const float* row, int64_t size, const RowScans& scans, int64_t r
   }
 }
 
-// One step in buffers of exactly its sizes, and a sentinel behind every row of scores.
-Numbers step(Decoder& decoder, const StepRows& rows, const Batch& batch, Numbers* attention) {
+// One step in buffers of exactly its sizes, and a sentinel behind every row of scores; with `few`
+// also wherever no score of these tokens is wanted.
+Numbers step(Decoder& decoder, const StepRows& rows, const Batch& batch, Numbers* attention,
+             const Tokens* few = nullptr) {
   const int64_t stride = round_up(batch.V, 64) + 64, kept = random_below(12);
   const size_t count = static_cast<size_t>(rows.count);
   Numbers logits(count * static_cast<size_t>(stride), kSentinel), found, log_sums(count),
       numbers(count * static_cast<size_t>(kept));
   Tokens places(numbers.size()), counts(count);
   attention->assign(static_cast<size_t>(rows.count * decoder.attention_size()), kSentinel);
-  const RowScans scans{kept, log_sums.data(), numbers.data(), places.data(), counts.data()};
-  decoder.step(rows,
-               {logits.data(), stride, attention->empty() ? nullptr : attention->data(), scans});
+  StepScores to;
+  to.logits = logits.data();
+  to.stride = stride;
+  to.attention = attention->empty() ? nullptr : attention->data();
+  to.scans = {kept, log_sums.data(), numbers.data(), places.data(), counts.data()};
+  if (few) {
+    to.few = true;
+    to.few_tokens = few->data();
+    to.few_count = static_cast<int64_t>(few->size());
+  }
+  decoder.step(rows, to);
   CHECK(decoder.scans());
   for (int64_t r = 0; r < rows.count; ++r) {
     const float* const row = &logits[static_cast<size_t>(r * stride)];
     found.insert(found.end(), row, row + batch.V);
     CHECK(std::all_of(row + batch.V, row + stride, [](float x) { return x == kSentinel; }));
-    check_scan(row, batch.V, scans, r);
+    if (!few) {
+      check_scan(row, batch.V, to.scans, r);
+      continue;
+    }
+    const auto wanted = [&](int64_t t) { return std::binary_search(few->begin(), few->end(), t); };
+    for (int64_t t = 0; t < batch.V; ++t) CHECK_EQ(row[t] != kSentinel, wanted(t));
+    for (int64_t i = r * kept; i < r * kept + counts[static_cast<size_t>(r)]; ++i) {
+      const int32_t place = places[static_cast<size_t>(i)];
+      if (wanted(place)) CHECK_EQ(numbers[static_cast<size_t>(i)], row[place]);
+    }
   }
   return found;
 }
@@ -253,7 +272,12 @@ void test_rows(const Batch& batch, int threads) {
     Numbers seen;
     const int64_t R = static_cast<int64_t>(rows.size()), S = decoder->attention_size();
     const StepRows asked{R, position, tokens.data(), parents.data(), sentences.data()};
-    const Numbers found = step(*decoder, asked, batch, &seen);
+    Tokens few;
+    for (int32_t t = 0; t < batch.V; ++t) {
+      if (random_below(4) == 0) few.push_back(t);
+    }
+    const bool all = decoder->restricts() || random_below(2) == 0;
+    const Numbers found = step(*decoder, asked, batch, &seen, all ? nullptr : &few);
     for (int64_t r = 0; r < R; ++r) {
       const Row& row = rows[static_cast<size_t>(r)];
       const auto alone = batch.begin(row.sentence, 1, 1, 1);
@@ -264,6 +288,7 @@ void test_rows(const Batch& batch, int threads) {
         expected = step(*alone, one, batch, &weights);
       }
       for (int64_t v = 0; v < batch.V; ++v) {
+        if (!all && !std::binary_search(few.begin(), few.end(), v)) continue;
         CHECK_NEAR(found[static_cast<size_t>(r * batch.V + v)], expected[static_cast<size_t>(v)],
                    batch.tolerance);
       }
