@@ -6,6 +6,7 @@ import importlib.util
 import os
 import signal
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -249,6 +250,34 @@ def test_teacher(tmp_path: Path) -> None:
     run_epochs(trainer("transformer", teacher=names, bfloat16=True), tmp_path / "run")
     with pytest.raises(g2p.Trouble, match="cannot be read"):
         trainer(teacher=[names[0], str(tmp_path / "none.safetensors")])
+
+
+def test_invented_words(tmp_path: Path) -> None:
+    """They are new, look like those that they come from, and their teacher says how they sound."""
+    known = {"abcde", "bcdef", "cdefg", "acdeh", "bdefa"}
+    words = data.invented_words(sorted(known), 3, {*known, "abcdef"})
+    assert len(set(words)) == 3 and not set(words) & {*known, "abcdef"}
+    threes = {f"  {word} "[i : i + 3] for word in known for i in range(len(word) + 1)}
+    assert all(f"  {word} "[i : i + 3] in threes for word in words for i in range(len(word) + 1))
+    assert words == data.invented_words(sorted(known), 3, {*known, "abcdef"})
+    with pytest.raises(g2p.Trouble, match="cannot be invented"):
+        data.invented_words(["ab"], 1, {"ab"})
+
+    def split_with(sounds_of: dict[str, set[data.Sounds]]) -> Split:
+        return Split(sounds_of | SPLIT.train, SPLIT.validation, SPLIT.test)
+
+    long = {word: {tuple(SOUND_OF[letter] for letter in word)} for word in known}
+    settings = Settings("recurrent", SIZES["recurrent"], validation_words=8, invented=3, batch=16)
+    own = Data.of(split_with(long), settings)
+    assert len(own.invented) == 3
+    with pytest.raises(g2p.Trouble, match="name a --teacher"):
+        Trainer(settings, own)
+    path = tmp_path / "teacher.safetensors"
+    teacher = run_epochs(trainer(epochs=1), tmp_path / "taught")
+    checkpoint.save_model(path, teacher.model, teacher.about(), torch.float32)
+    one = Trainer(replace(settings, teacher=[str(path)]), own)
+    said = pronounce.pronounce(teacher.model.eval(), own.invented)
+    assert one.data.train == own.train + [(word, said[word]) for word in own.invented if said[word]]
 
 
 def test_loss_that_is_no_number() -> None:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import random
-from collections.abc import Iterator, Sequence
+from collections import defaultdict
+from collections.abc import Container, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from examples.g2p import END, END_OF_WORD, GRAPHEMES, PHONEMES, START, load_dictionary
+from examples.g2p import END, END_OF_WORD, GRAPHEMES, PHONEMES, START, Trouble, load_dictionary
 
 Sounds = tuple[str, ...]
 Pair = tuple[str, Sounds]
@@ -49,6 +50,34 @@ def load_split(seed: int = 0) -> Split:
         part: dict[str, set[Sounds]] = getattr(split, part_of(word, seed))
         part[word] = sounds
     return split
+
+
+def invented_words(
+    words: Iterable[str], count: int, known: Container[str], seed: int = 0
+) -> list[str]:
+    """`count` different words that are not known, whose letters follow each other as in `words`.
+
+    Each letter, and the end, is drawn as often as it comes behind the three before it there.
+    Trouble where hardly any new word can be made like this.
+    """
+    following: dict[str, list[str]] = defaultdict(list)
+    for word in words:
+        padded = f"   {word} "
+        for i in range(len(padded) - 3):
+            following[padded[i : i + 3]].append(padded[i + 3])
+    generator, found = random.Random(seed), dict[str, None]()
+    for _ in range(100 * count):
+        word = "   "
+        while not word.endswith(" ") or word == "   ":
+            word += generator.choice(following[word[-3:]])
+        word = word.strip()
+        if word not in known and len(word) < MAX_LENGTH:
+            found[word] = None
+        if len(found) == count:
+            break
+    if len(found) < count:
+        raise Trouble(f"{count} words cannot be invented from these: ask for fewer")
+    return list(found)
 
 
 def pairs(words: dict[str, set[Sounds]]) -> list[Pair]:

@@ -15,6 +15,7 @@ from torch import Tensor
 from encdec_fast import optimize
 from examples.g2p_model import checkpoint
 from examples.g2p_model.data import PADDING, Batch, Pair
+from examples.g2p_model.pronounce import pronounce
 
 
 class Teacher:
@@ -29,6 +30,12 @@ class Teacher:
         loaded = [checkpoint.load_model(path)[0].requires_grad_(False) for path in paths]
         self.models = [optimize(model, weight_dtype) for model in loaded]
         self.answers: dict[Pair, Tensor] = {}
+
+    def pronounce(self, words: Sequence[str]) -> list[Pair]:
+        """Each word as the first of the models says it; none where it says nothing."""
+        return [
+            (word, sounds) for word, sounds in pronounce(self.models[0], words).items() if sounds
+        ]
 
     @torch.no_grad()
     def __call__(self, batch: Batch) -> Tensor:

@@ -95,6 +95,9 @@ def parser() -> argparse.ArgumentParser:
     training("--average", type=part, default=0.0, help="keep averaged weights: 0.999, say")
     training("--weights", help="checkpoint of this model, or a smaller one, to start from")
     training("--teacher", nargs="+", help="checkpoints whose mean is learned beside the words")
+    training(
+        "--invented", type=positive, default=0, help="words more, which the teacher pronounces"
+    )
     training("--patience", type=positive, default=8, help="epochs without a better model")
     training("--bfloat16", action="store_true", help="products in bfloat16 while training")
     training("--seed", type=int, default=0, help="of the weights, the batches and dropout")
@@ -174,7 +177,7 @@ def run(options: argparse.Namespace, console: Console) -> int:
         raise Trouble(f"{options.output} holds a training: add --resume, or name another folder")
     size = sum(weight.numel() for weight in trainer.model.parameters())
     console.print(
-        f"{options.model}: {size:,} parameters, {len(data.train):,} training pairs, "
+        f"{options.model}: {size:,} parameters, {len(trainer.data.train):,} training pairs, "
         f"{torch.get_num_threads()} threads",
         highlight=False,
         soft_wrap=True,

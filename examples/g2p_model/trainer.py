@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,16 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from examples.g2p import Trouble
 from examples.g2p_model import checkpoint
-from examples.g2p_model.data import PADDING, Batch, Pair, Sounds, Split, batches, pairs
+from examples.g2p_model.data import (
+    PADDING,
+    Batch,
+    Pair,
+    Sounds,
+    Split,
+    batches,
+    invented_words,
+    pairs,
+)
 from examples.g2p_model.dropout import use_byte_dropout
 from examples.g2p_model.growth import grown
 from examples.g2p_model.pronounce import error_rates, pronounce
@@ -32,7 +41,8 @@ class Settings:
         batches so far, in which those of the last have the part 1 - average (Polyak and Juditsky,
         1992); 0: their last values. weights: the checkpoint that a training starts from, of this
         model or of a smaller one (growth.py). teacher: checkpoints whose mean distribution is half
-        of what is learned (Hinton et al., 2015, arXiv:1503.02531), at temperature 1.
+        of what is learned (Hinton et al., 2015, arXiv:1503.02531), at temperature 1. invented: how
+        many words without a known pronunciation are learned from the teacher alone.
     """
 
     model: str
@@ -48,6 +58,7 @@ class Settings:
     average: float = 0.0
     weights: str | None = None
     teacher: list[str] | None = None
+    invented: int = 0
     patience: int = 8
     bfloat16: bool = False
     seed: int = 0
@@ -58,11 +69,15 @@ class Settings:
 
 @dataclass(frozen=True)
 class Data:
-    """train and validation: pairs. sample: the validation words that are pronounced."""
+    """train and validation: pairs. sample: the validation words that are pronounced.
+
+    invented: words that are in no part of the split.
+    """
 
     train: list[Pair]
     validation: list[Pair]
     sample: dict[str, set[Sounds]]
+    invented: list[str]
 
     @classmethod
     def of(cls, split: Split, settings: Settings) -> Data:
@@ -70,7 +85,9 @@ class Data:
         if settings.words is not None:
             words = _sample(words, settings.words)
         sample = _sample(split.validation, settings.validation_words)
-        return cls(pairs(words), pairs(split.validation), sample)
+        known = {*split.train, *split.validation, *split.test}
+        invented = invented_words(words, settings.invented, known)
+        return cls(pairs(words), pairs(split.validation), sample, invented)
 
 
 # What may change in the midst of a training: how long it goes on, and what is kept of it.
@@ -119,6 +136,11 @@ class Trainer:
         if settings.teacher:
             weights = torch.bfloat16 if settings.bfloat16 else None
             self.teacher = Teacher([Path(one) for one in settings.teacher], weights)
+        if data.invented:
+            if self.teacher is None:
+                raise Trouble("nobody can pronounce invented words: name a --teacher")
+            taught = self.teacher.pronounce(data.invented)
+            self.data = replace(data, train=data.train + taught)
         average = get_ema_multi_avg_fn(settings.average)
         self.average = AveragedModel(self.model, multi_avg_fn=average)
         self.optimizer = torch.optim.AdamW(
@@ -128,7 +150,7 @@ class Trainer:
             weight_decay=settings.weight_decay,
             fused=True,
         )
-        self.batches_per_epoch = math.ceil(len(data.train) / settings.batch)
+        self.batches_per_epoch = math.ceil(len(self.data.train) / settings.batch)
 
     def start_from(self, path: Path) -> None:
         """Take the weights of a checkpoint. Trouble if they are another model's."""
