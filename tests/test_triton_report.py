@@ -13,6 +13,8 @@ from typing import Any
 import pytest
 from conftest import skip_without_triton
 
+# One process compiles all of it, once.
+pytestmark = pytest.mark.xdist_group("triton-report")
 CAPABILITIES = ("8.0", "9.0", "10.0", "12.0")
 
 
