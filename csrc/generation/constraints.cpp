@@ -55,7 +55,8 @@ Constraints::Constraints(const Options& options, int64_t vocabulary)
   for (const int32_t token : options.eos) {
     if (token < vocabulary) ends_.push_back(token);
   }
-  for (const Tokens* some : {&std::as_const(ends_), &options.suppressed, &options.begin_suppressed}) {
+  for (const Tokens* some :
+       {&std::as_const(ends_), &options.suppressed, &options.begin_suppressed}) {
     editable_.insert(editable_.end(), some->begin(), some->end());
   }
   std::sort(editable_.begin(), editable_.end());

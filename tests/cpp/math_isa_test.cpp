@@ -1,5 +1,5 @@
-// The error bounds that core/math.h states, over every 4099th float of each range: few enough for an
-// emulated processor too.
+// The error bounds that core/math.h states, over every 4099th float of each range: few enough for
+// an emulated processor too.
 #include <cmath>
 #include <initializer_list>
 #include <limits>
