@@ -52,7 +52,7 @@ demo: $(STAMPS)/built $(STAMPS)/req-demo $(STAMPS)/req-demo-data ## Pronounce WO
 test: $(STAMPS)/built $(STAMPS)/req-test $(STAMPS)/req-demo-data $(STAMPS)/qemu ## Run the C++ and Python tests, in several processes (PYTEST_ARGS="-n 0 ...": in one)
 	flock $(CMAKE_DIR)/lock cmake --build $(CMAKE_DIR) --target cpp_tests
 	ctest --test-dir $(CMAKE_DIR) --output-on-failure
-	ENCDEC_FAST_REQUIRE_NATIVE=1 $(PY) -m pytest -n auto --maxprocesses 4 --dist loadgroup $(PYTEST_ARGS)
+	ENCDEC_FAST_REQUIRE_NATIVE=1 $(PY) -m pytest -n auto --maxprocesses 4 $(PYTEST_ARGS)
 
 .PHONY: test-sanitize
 test-sanitize: $(STAMPS)/req-build ## Run the C++ tests under AddressSanitizer and UBSan

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.library import opcheck
 
 import encdec_fast
-from encdec_fast import explain, use_backend
+from encdec_fast import BackendRefused, explain, use_backend
 from encdec_fast.ops import linear
 from encdec_fast.ops.linear import reference, run
 
@@ -410,3 +410,73 @@ def test_gradients_that_are_not_asked_for(native: None) -> None:
         (found,) = torch.autograd.grad(linear(x, w, b).square().sum(), leaf)
         (expected,) = torch.autograd.grad(nn.functional.linear(x, w, b).square().sum(), leaf)
         torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-2)
+
+
+FOLLOWED = {
+    name: options for name, options in OPTIONS.items() if {"activation", "norm"} & {*options}
+}
+SMALL = {name: SHAPES[name] for name in ("one number", "one row", "a vector", "odd", "many rows")}
+
+
+@pytest.mark.parametrize("shape", SMALL.values(), ids=SMALL)
+@pytest.mark.parametrize("options", FOLLOWED.values(), ids=FOLLOWED)
+@ALL_DTYPES
+def test_triton(shape: Any, options: dict[str, Any], dtype: torch.dtype, interpreter: None) -> None:
+    """What follows the product, and its gradients, by Triton's kernels."""
+    tensors, rest = make(shape, options, dtype)
+    seed = torch.randn(*shape[0], shape[1])
+
+    def run_in(dtype: torch.dtype) -> list[Tensor]:
+        own = {name: t.detach().to(dtype).requires_grad_() for name, t in tensors.items()}
+        result = linear(**own, **rest)
+        assert result.dtype == dtype
+        loss = (result * seed.to(dtype)).sum()
+        return [result.detach(), *torch.autograd.grad(loss, list(own.values()))]
+
+    with use_backend("torch"):
+        theirs, truth = run_in(dtype), run_in(torch.float64)
+    with use_backend("triton"):
+        poison()
+        found = run_in(dtype)
+    # Where the sum is near zero, rounding decides on which side of relu's edge a number is.
+    edge = options.get("activation") == "relu" and dtype != torch.float32
+    assert_as_good(found, theirs, truth, 3.0, mean=edge)
+
+
+def test_triton_twice(interpreter: None) -> None:
+    """The gradients can be differentiated, and a part of the tensors may need none."""
+    tensors, rest = make(SHAPES["odd"], OPTIONS["everything"], torch.float32)
+
+    def twice(**own: Tensor) -> list[Tensor]:
+        leaves = [t for t in own.values() if t.requires_grad]
+        (first,) = torch.autograd.grad(
+            linear(**own, **rest).pow(3).sum(), [own["input"]], create_graph=True
+        )
+        return list(torch.autograd.grad(first.square().sum(), leaves))
+
+    for frozen in ((), ("bias", "norm_weight"), ("residual",)):
+        own = {n: t.clone().requires_grad_(n not in frozen) for n, t in tensors.items()}
+        wide = {n: t.detach().double().requires_grad_(n not in frozen) for n, t in own.items()}
+        with use_backend("triton"):
+            found = twice(**own)
+        with use_backend("reference"):
+            truth = twice(**wide)
+        for one, other in zip(found, truth, strict=True):
+            torch.testing.assert_close(one.double(), other, rtol=1e-3, atol=1e-3)
+
+
+def test_triton_refuses(interpreter: None) -> None:
+    """What it has no kernel for, in words."""
+    tensors, _ = make(SHAPES["odd"], {}, torch.float32)
+    wide = torch.randn(4097, 7)
+    calls: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+        "nothing follows": (tensors, {}),
+        "held in int8": (tensors, {"activation": "relu", "weight_dtype": "int8"}),
+        "4096 features": ({"input": tensors["input"], "weight": wide}, {"norm": "rms"}),
+    }
+    for reason, (given, rest) in calls.items():
+        with torch.no_grad(), use_backend("triton"), pytest.raises(BackendRefused, match=reason):
+            linear(**given, **rest)
+    with torch.no_grad(), use_backend("triton"):
+        linear(tensors["input"], wide, activation="relu")
+        assert explain(linear, **tensors, activation="relu").backend == "triton"

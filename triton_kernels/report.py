@@ -22,7 +22,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import triton
-from encdec_fast.triton_kernels import additive_attention, gated_bridge
+from encdec_fast.triton_kernels import additive_attention, gated_bridge, linear
 from encdec_fast.triton_kernels._configuration import TYPES, Configuration
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
@@ -30,7 +30,7 @@ from triton.compiler import ASTSource
 # Shared memory that one program may have, in bytes (CUDA C++ Programming Guide, table "Technical
 # Specifications per Compute Capability").
 SHARED = {"8.0": 163 << 10, "9.0": 227 << 10, "10.0": 227 << 10, "12.0": 99 << 10}
-FAMILIES = (additive_attention, gated_bridge)
+FAMILIES = (additive_attention, gated_bridge, linear)
 _CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
 _PRODUCTS = ("wgmma.mma_async", "tcgen05.mma", "mma.sync")
 

@@ -30,6 +30,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from encdec_fast.backends import Backend, Description, explained_by, select
+from encdec_fast.ops import _triton
 from encdec_fast.ops._call import (
     GRAPHS,
     WEIGHT_DTYPES,
@@ -47,6 +48,7 @@ ACTIVATIONS = ("", "relu", "gelu", "gelu_tanh", "silu")  # as linear_forward num
 NORMS = ("", "layer", "rms")
 # Where training packs: rows, and products of a row with the weight.
 LARGE_ROWS, LARGE_WEIGHT = 128, 128 * 128
+MOST_NORMED = 4096  # features of a row that a Triton program holds
 _RESIDUAL = 1  # its place among bias, residual, norm_weight and norm_bias
 
 _library = torch.library.Library("encdec_fast", "FRAGMENT")
@@ -77,6 +79,7 @@ class LinearCall(NamedTuple):
     context: str  # as in ops/_call.py
     rows: Rows = None
     large: bool = False  # enough rows and weights that training may pack
+    wide: bool = False  # more than MOST_NORMED features
 
 
 def reference(
@@ -248,8 +251,66 @@ def _why_not(call: LinearCall) -> list[str]:
     return reasons
 
 
+class _Following(torch.autograd.Function):
+    """What follows the product, by Triton's kernels; backward is given the product again."""
+
+    @staticmethod
+    def forward(ctx: Any, call: LinearCall, product: Tensor, *others: State) -> Tensor:
+        ctx.call = call
+        ctx.save_for_backward(product, *others)
+        with torch.cuda.device_of(product):
+            own = _triton.contiguous((product, *others), product.device)
+            options = (call.activation, call.norm, call.norm_eps)
+            result: Tensor = _triton.kernels("linear").forward(*own, *options)
+        return result
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+        call, tensors = ctx.call, ctx.saved_tensors
+        if torch.is_grad_enabled():  # to be differentiated once more
+            return None, *_following_gradients(call, tensors[0], tensors[1:], grad)
+        with torch.cuda.device_of(grad):
+            own = _triton.contiguous((grad, *tensors), grad.device)
+            options = (call.activation, call.norm, call.norm_eps)
+            return None, *_triton.kernels("linear").backward(*own, *options)
+
+
+def _following_gradients(
+    call: LinearCall, product: Tensor, others: Sequence[State], grad: Tensor
+) -> list[State]:
+    """The gradients of `_Following`, by torch, which can be differentiated."""
+    y, bias, *rest = (None if t is None else t.view_as(t) for t in (product, *others))
+    assert y is not None
+    own = (y, bias, *rest)
+    result = _after(call, y if bias is None else y + bias, *rest)
+    wanted = [t for t in own if t is not None and t.requires_grad]
+    found = iter(torch.autograd.grad(result, wanted, grad, create_graph=True))
+    return [next(found) if t is not None and t.requires_grad else None for t in own]
+
+
+def _triton_run(
+    call: LinearCall, input: Tensor, weight: Tensor, bias: State = None, *rest: State
+) -> Tensor:
+    product = F.linear(input, _part(weight, call.rows))
+    padded = (*rest, None, None, None)[:3]
+    result: Tensor = _Following.apply(call, product, bias, *padded)
+    return result
+
+
+def _unfit_for_triton(call: LinearCall) -> list[str]:
+    reasons = _triton.unfit(call)
+    if call.weight_dtype:
+        reasons.append(f"it has no weights held in {call.weight_dtype}")
+    if not (call.activation or call.norm):
+        reasons.append("nothing follows that torch's product does not do itself")
+    if call.norm and call.wide:
+        reasons.append(f"a program holds {MOST_NORMED} features of a row that is normed")
+    return reasons
+
+
 BACKENDS = (
     Backend("cpu", _cpu, _why_not),
+    Backend("triton", _triton_run, _unfit_for_triton),
     Backend("torch", _torch, lambda call: []),
     Backend("reference", _reference, lambda call: []),
 )
@@ -260,7 +321,8 @@ def _run(*args: Any) -> Tensor:
     input = tensors[0]
     rows = tuple(more[0]) if more and more[0] is not None else None  # defaults are not passed on
     options = (activation, norm, eps, weight_dtype)
-    call = LinearCall(input.dtype, input.device.type, False, *options, "", rows)
+    wide = tensors[1].shape[0] > MOST_NORMED
+    call = LinearCall(input.dtype, input.device.type, False, *options, "", rows, wide=wide)
     result: Tensor = select(BACKENDS, call).run(call, *tensors)
     return result
 
@@ -319,12 +381,13 @@ def describe_call(
     else:
         context = context_of(input, given)
     fixed = (activation, norm, norm_eps, weight_dtype)
+    wide = context not in GRAPHS and weight.shape[:1] > (MOST_NORMED,)
     large = False
     if training and context not in GRAPHS:  # sizes may be symbols there
         weights = weight.numel()
         large = weights >= LARGE_WEIGHT and input.numel() >= LARGE_ROWS * weight.shape[-1]
-    call = LinearCall(input.dtype, device, training, *fixed, context, rows, large)
-    return (BACKENDS if _fits(input, weight, others, rows) else BACKENDS[1:]), call
+    call = LinearCall(input.dtype, device, training, *fixed, context, rows, large, wide)
+    return (BACKENDS if _fits(input, weight, others, rows) else BACKENDS[2:]), call
 
 
 def run(
