@@ -468,11 +468,11 @@ def test_triton_twice(interpreter: None) -> None:
 def test_triton_refuses(interpreter: None) -> None:
     """What it has no kernel for, in words."""
     tensors, _ = make(SHAPES["odd"], {}, torch.float32)
-    wide = torch.randn(4097, 7)
+    wide = torch.randn(2049, 7)
     calls: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
         "nothing follows": (tensors, {}),
         "held in int8": (tensors, {"activation": "relu", "weight_dtype": "int8"}),
-        "4096 features": ({"input": tensors["input"], "weight": wide}, {"norm": "rms"}),
+        "2048 features": ({"input": tensors["input"], "weight": wide}, {"norm": "rms"}),
     }
     for reason, (given, rest) in calls.items():
         with torch.no_grad(), use_backend("triton"), pytest.raises(BackendRefused, match=reason):

@@ -24,8 +24,9 @@ from torch import Tensor
 ACTIVATIONS = ("", "relu", "gelu", "gelu_tanh", "silu")
 NORMS = ("", "layer", "rms")
 
-MOST_FEATURES = 4096  # of a row that a program can hold
-NUMBERS = 2048  # of a program, where a row has fewer
+# Of a program of 8 warps. Backward with a norm has some ten registers for each number of a thread:
+# rows with more features than this would spill.
+NUMBERS = 2048
 PARTS = 256  # sums over rows that backward leaves to torch, at most
 
 
@@ -184,12 +185,12 @@ def _mean(d, N, NORM: tl.constexpr):
 
 
 def _tile(N: int, norm: str) -> dict[str, int]:
-    """Rows and features of a program, and its warps."""
+    """Rows and features of a program, and its warps. ValueError where a norm's row does not fit."""
     columns = max(16, triton.next_power_of_2(N))
-    columns = columns if norm else min(columns, NUMBERS)
-    rows = max(1, NUMBERS // columns)
-    warps = 8 if rows * columns <= NUMBERS else 16
-    return {"ROWS": rows, "COLUMNS": columns, "num_warps": warps}
+    if norm and columns > NUMBERS:
+        raise ValueError(f"a program holds {NUMBERS} features of a row that is normed, not {N}")
+    columns = min(columns, NUMBERS)
+    return {"ROWS": NUMBERS // columns, "COLUMNS": columns, "num_warps": 8}
 
 
 def _options(activation: str, norm: str, N: int) -> dict[str, int]:
@@ -207,7 +208,7 @@ def forward(
     norm: str,
     eps: float,
 ) -> Tensor:
-    """The result; all tensors contiguous and on one device. With a norm: up to MOST_FEATURES."""
+    """The result; all tensors contiguous and on one device. With a norm: up to NUMBERS features."""
     result = torch.empty_like(product)
     if product.numel() > 0:
         N = product.shape[-1]
@@ -259,7 +260,7 @@ def configurations(dtype: str) -> Iterator[Configuration]:
     absent = ("bias", "residual", "norm_weight", "norm_bias")
     sums = ("of_residual", "of_bias", "of_norm_weight", "of_norm_bias")
     for kernel in (forward_kernel, backward_kernel):
-        options = _options("gelu_tanh", "layer", MOST_FEATURES)
+        options = _options("gelu_tanh", "layer", NUMBERS)
         warps = options.pop("num_warps")
         yield Configuration(kernel, dtype, types, options, warps)
         options = _options("gelu_tanh", "", 512)

@@ -48,7 +48,7 @@ ACTIVATIONS = ("", "relu", "gelu", "gelu_tanh", "silu")  # as linear_forward num
 NORMS = ("", "layer", "rms")
 # Where training packs: rows, and products of a row with the weight.
 LARGE_ROWS, LARGE_WEIGHT = 128, 128 * 128
-MOST_NORMED = 4096  # features of a row that a Triton program holds
+MOST_NORMED = 2048  # features of a row that a Triton program holds
 _RESIDUAL = 1  # its place among bias, residual, norm_weight and norm_bias
 
 _library = torch.library.Library("encdec_fast", "FRAGMENT")
