@@ -462,7 +462,7 @@ def test_triton_twice(interpreter: None) -> None:
         with use_backend("reference"):
             truth = twice(**wide)
         for one, other in zip(found, truth, strict=True):
-            torch.testing.assert_close(one.double(), other, rtol=1e-3, atol=1e-3)
+            torch.testing.assert_close(one.double(), other, rtol=1e-4, atol=1e-4)
 
 
 def test_triton_refuses(interpreter: None) -> None:

@@ -289,11 +289,16 @@ def _following_gradients(
 
 
 def _triton_run(
-    call: LinearCall, input: Tensor, weight: Tensor, bias: State = None, *rest: State
+    call: LinearCall,
+    input: Tensor,
+    weight: Tensor,
+    bias: State = None,
+    residual: State = None,
+    norm_weight: State = None,
+    norm_bias: State = None,
 ) -> Tensor:
     product = F.linear(input, _part(weight, call.rows))
-    padded = (*rest, None, None, None)[:3]
-    result: Tensor = _Following.apply(call, product, bias, *padded)
+    result: Tensor = _Following.apply(call, product, bias, residual, norm_weight, norm_bias)
     return result
 
 
@@ -381,7 +386,7 @@ def describe_call(
     else:
         context = context_of(input, given)
     fixed = (activation, norm, norm_eps, weight_dtype)
-    wide = context not in GRAPHS and weight.shape[:1] > (MOST_NORMED,)
+    wide = norm != "" and context not in GRAPHS and weight.shape[:1] > (MOST_NORMED,)
     large = False
     if training and context not in GRAPHS:  # sizes may be symbols there
         weights = weight.numel()
