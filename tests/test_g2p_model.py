@@ -252,6 +252,18 @@ def test_teacher(tmp_path: Path) -> None:
         trainer(teacher=[names[0], str(tmp_path / "none.safetensors")])
 
 
+def test_with_validation(tmp_path: Path) -> None:
+    """Validation words are trained on, test words never; what is kept is the last model."""
+    one = trainer("recurrent", with_validation=True)
+    trained = {word for word, _ in one.data.train}
+    assert trained == {*SPLIT.train, *SPLIT.validation}
+    assert not trained & set(SPLIT.test)
+    run_epochs(one, tmp_path / "run")
+    last = checkpoint.read_tensors(tmp_path / "run" / "last.safetensors")
+    kept = checkpoint.read_tensors(tmp_path / "run" / "best.safetensors")
+    assert all(torch.equal(kept[name], weight) for name, weight in last.items())
+
+
 def test_invented_words(tmp_path: Path) -> None:
     """They are new, look like those that they come from, and their teacher says how they sound."""
     known = {"abcde", "bcdef", "cdefg", "acdeh", "bdefa"}
@@ -458,9 +470,8 @@ def test_committed_checkpoints(name: str) -> None:
     model, about = checkpoint.load_model(path)
     assert about["model"] == name
     test = data.load_split(about["training"]["split_seed"]).test
-    some = sorted(test)[::25]  # more than 200 words that it has not seen
-    known = {word: test[word] for word in some}
-    assert pronounce.error_rates(pronounce.pronounce(model, some), known).words < 0.35
+    found = pronounce.pronounce(model, list(test), 5)  # words that it has not seen
+    assert pronounce.error_rates(found, test).words < 0.30
 
 
 @needs_data

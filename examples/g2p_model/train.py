@@ -98,6 +98,11 @@ def parser() -> argparse.ArgumentParser:
     training(
         "--invented", type=positive, default=0, help="words more, which the teacher pronounces"
     )
+    training(
+        "--with-validation",
+        action="store_true",
+        help="train on the validation words, too, and keep the last epoch's model as the best",
+    )
     training("--patience", type=positive, default=8, help="epochs without a better model")
     training("--bfloat16", action="store_true", help="products in bfloat16 while training")
     training("--seed", type=int, default=0, help="of the weights, the batches and dropout")

@@ -43,6 +43,8 @@ class Settings:
         model or of a smaller one (growth.py). teacher: checkpoints whose mean distribution is half
         of what is learned (Hinton et al., 2015, arXiv:1503.02531), at temperature 1. invented: how
         many words without a known pronunciation are learned from the teacher alone.
+    with_validation: the validation words are trained on, too, as one does once all else has been
+        chosen; what is kept then is the last epoch's model, for nothing is left to choose by.
     """
 
     model: str
@@ -59,6 +61,7 @@ class Settings:
     weights: str | None = None
     teacher: list[str] | None = None
     invented: int = 0
+    with_validation: bool = False
     patience: int = 8
     bfloat16: bool = False
     seed: int = 0
@@ -82,6 +85,8 @@ class Data:
     @classmethod
     def of(cls, split: Split, settings: Settings) -> Data:
         words = split.train
+        if settings.with_validation:
+            words = words | split.validation
         if settings.words is not None:
             words = _sample(words, settings.words)
         sample = _sample(split.validation, settings.validation_words)
@@ -237,7 +242,7 @@ class Trainer:
         progress.epoch, progress.batch, progress.loss = progress.epoch + 1, 0, 0.0
         entry = {"rate": rate, "train": trained, "validation": loss, "word_error_rate": words}
         progress.history.append(entry)
-        better = [words, loss] < progress.best
+        better = self.settings.with_validation or [words, loss] < progress.best
         if better:
             progress.best, progress.waited = [words, loss], 0
         else:
