@@ -35,6 +35,7 @@ from benchmarks import (
 from benchmarks.cases import RnnCase
 from benchmarks.measure import CaseResult, Entry
 from benchmarks.peers import Contender, Offer, Peer, all_peers
+from benchmarks.peers.ours import EncdecFast
 from benchmarks.peers.torch_eager import TorchEager
 from benchmarks.sampler import Stats
 
@@ -89,6 +90,20 @@ class FakePeer:
 class BrokenPeer(FakePeer):
     def offer(self, work: workload.Workload, threads: int) -> Offer:
         raise OSError("no such library")
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int8"])
+@pytest.mark.parametrize("cell", ["lstm", "gru", "rnn"])
+def test_kernel_call(cell: str, dtype: str) -> None:
+    """The C++ call is measured beside the module, and says the same."""
+    offer = EncdecFast().offer(workload.make(tiny(cell, dtype)), 1)
+    assert not offer.absent
+    module, kernel = offer.contenders
+    assert (module.role, kernel.role) == ("ours", "kernel")
+    expected, found = (one.outputs(one.call()) for one in offer.contenders)
+    assert set(expected) <= set(found)
+    for name, value in expected.items():
+        assert torch.equal(found[name], value)
 
 
 class TestCases:

@@ -59,8 +59,9 @@ def kernel_call(module: nn.RNNBase, x: Tensor, cell: Cell, dtype: DType) -> Call
     numbers = importlib.import_module("encdec_fast.ops._call").CELLS
     kind = "rnn_tanh" if cell == "rnn" else cell
     weights = list(module._flat_weights)
-    packed = importlib.import_module("encdec_fast.ops._packing").packed
-    blobs = [packed(kind, weights, PACKED_FORMATS[dtype])]
+    kept = importlib.import_module("encdec_fast.ops._packing").kept
+    make_pack = importlib.import_module("encdec_fast.ops._cpu").make_pack
+    blobs = [kept(kind, weights, PACKED_FORMATS[dtype], make_pack)]
     forward = torch.ops.encdec_fast_cpu.rnn_forward.default
 
     def call() -> object:

@@ -233,4 +233,10 @@ CacheSizes cache_sizes() {
   return found;
 }
 
+int64_t within_l2(int64_t bytes) {
+  constexpr int64_t kChosenFor = int64_t{1} << 20;
+  const int64_t l2 = static_cast<int64_t>(cache_sizes().l2);
+  return l2 < kChosenFor ? bytes * l2 / kChosenFor : bytes;
+}
+
 }  // namespace encdec

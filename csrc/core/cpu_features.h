@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstddef>
+#include <cstdint>
 #include <string>
 #include <vector>
 
@@ -45,5 +46,8 @@ struct CacheSizes {
   size_t l3;
 };
 CacheSizes cache_sizes();
+
+// A size that was chosen for an L2 of 1 MB: less where this processor's is smaller, in proportion.
+int64_t within_l2(int64_t bytes);
 
 }  // namespace encdec

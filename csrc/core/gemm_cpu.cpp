@@ -1,4 +1,7 @@
 // The tiles of the matrix product of one instruction set: this file is compiled once for each.
+#include <cstring>
+#include <type_traits>
+
 #include "core/gemm.h"
 
 namespace encdec {
@@ -8,6 +11,23 @@ namespace {
 // Sums of floats are carried on for this many groups of k, then added to the result: their error
 // grows with the length of one run.
 constexpr int64_t kSumGroups = 512;
+
+// Groups of k for which rows are widened at a time, where they must be (dot.h): 512 bytes a row.
+constexpr int64_t kWideGroups = 64;
+static_assert(kSumGroups % kWideGroups == 0 && kWideGroups % kLanes == 0);
+
+// `count` words of a row in two parts, side by side: kWideGroups words each.
+template <class D>
+ENCDEC_INLINE void widen_row(const char* words, int64_t count, char* wide) {
+  int64_t g = 0;
+  for (; g + kLanes <= count; g += kLanes) {
+    D::widen(iload(words + g * 4), wide + g * 4, wide + (kWideGroups + g) * 4);
+  }
+  if (g == count) return;
+  alignas(64) char rest[kLanes * 4] = {};
+  std::memcpy(rest, words + g * 4, static_cast<size_t>(count - g) * 4);
+  D::widen(iload(rest), wide + g * 4, wide + (kWideGroups + g) * 4);
+}
 
 template <Format format, int MR, int NV, bool ahead>
 __attribute__((noinline)) void multiply_tile(const PackedView& w, int64_t panel, RowsView x,
@@ -20,6 +40,8 @@ __attribute__((noinline)) void multiply_tile(const PackedView& w, int64_t panel,
   const char* base[(MR + 3) / 4];
 #pragma GCC unroll 8
   for (int b = 0; b < (MR + 3) / 4; ++b) base[b] = x.data + 4 * b * x.stride;
+
+  alignas(64) char wide[D::kParts == 1 ? 64 : MR * 2 * kWideGroups * 4];
 
   for (int64_t done = 0; done < w.groups || done == 0;) {
     const int64_t left = w.groups - done;
@@ -39,29 +61,52 @@ __attribute__((noinline)) void multiply_tile(const PackedView& w, int64_t panel,
         }
       }
     }
-    const auto step = [&](int s) __attribute__((always_inline)) {
-      decltype(D::weights(p)) weight[NV];
+    // The products of one group's words, or of one part of them, with what weights<part> gives.
+    const auto products = [&](auto part, int s, const auto& row_at) __attribute__((always_inline)) {
+      decltype(D::template weights<part>(p)) weight[NV];
 #pragma GCC unroll 4
       for (int v = 0; v < NV; ++v) {
-        weight[v] = D::weights(p + v * kLanes * weight_group_bytes(format));
-        if constexpr (ahead) __builtin_prefetch(p + w.panel_bytes + v * 64, 0, 2);
+        weight[v] = D::template weights<part>(p + v * kLanes * weight_group_bytes(format));
+        if constexpr (ahead && part == 0) __builtin_prefetch(p + w.panel_bytes + v * 64, 0, 2);
       }
 #pragma GCC unroll 16
       for (int r = 0; r < MR; ++r) {
-        const auto word = D::word(base[r / 4] + (r % 4) * x.stride);
+        const auto word = D::word(row_at(r));
 #pragma GCC unroll 4
         for (int v = 0; v < NV; ++v) acc[s][r][v] = D::step(acc[s][r][v], word, weight[v]);
       }
-      p += kStep;
-#pragma GCC unroll 8
-      for (int b = 0; b < (MR + 3) / 4; ++b) base[b] += x.step;
     };
-    int64_t g = groups;
-    for (; g >= kSplit; g -= kSplit) {
+    constexpr std::integral_constant<int, 0> kFirst;
+    constexpr std::integral_constant<int, 1> kSecond;
+    const char* wide_at = wide;
+    const auto step = [&](int s) __attribute__((always_inline)) {
+      if constexpr (D::kParts == 1) {
+        products(kFirst, s, [&](int r) { return base[r / 4] + (r % 4) * x.stride; });
 #pragma GCC unroll 8
-      for (int s = 0; s < kSplit; ++s) step(s);
+        for (int b = 0; b < (MR + 3) / 4; ++b) base[b] += x.step;
+      } else {
+        products(kFirst, s, [&](int r) { return wide_at + 2 * r * kWideGroups * 4; });
+        products(kSecond, s, [&](int r) { return wide_at + (2 * r + 1) * kWideGroups * 4; });
+        wide_at += 4;
+      }
+      p += kStep;
+    };
+    const int64_t at_a_time = D::kParts == 1 ? groups : kWideGroups;
+    for (int64_t first = 0; first < groups; first += at_a_time) {
+      int64_t g = groups - first < at_a_time ? groups - first : at_a_time;
+      if constexpr (D::kParts == 2) {
+        for (int r = 0; r < MR; ++r) {
+          const char* const words = x.data + r * x.stride + (done + first) * 4;
+          widen_row<D>(words, g, wide + 2 * r * kWideGroups * 4);
+        }
+        wide_at = wide;
+      }
+      for (; g >= kSplit; g -= kSplit) {
+#pragma GCC unroll 8
+        for (int s = 0; s < kSplit; ++s) step(s);
+      }
+      for (; g > 0; --g) step(0);
     }
-    for (; g > 0; --g) step(0);
 
 #pragma GCC unroll 16
     for (int r = 0; r < MR; ++r) {

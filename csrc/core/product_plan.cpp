@@ -3,6 +3,7 @@
 #include <algorithm>
 
 #include "core/amx.h"
+#include "core/cpu_features.h"
 
 namespace encdec {
 namespace {
@@ -36,8 +37,8 @@ ProductPlan plan_product(Format format, int64_t M, int64_t N, int64_t K, int64_t
   plan.threads = worth ? static_cast<int>(std::min<int64_t>(available, most)) : 1;
   const int64_t own = plan.split_rows ? (M + plan.threads - 1) / plan.threads : M;
   const int64_t tile = amx ? amx_rows(2) : 1;
-  const int64_t fitting = kStagedBytes / row_bytes / tile * tile;
-  const int64_t least = amx ? kAmxLeastRows : kLeastRows;
+  const int64_t fitting = within_l2(kStagedBytes) / row_bytes / tile * tile;
+  const int64_t least = amx ? kAmxLeastRows : within_l2(kLeastRows);
   plan.chunk_rows = std::max<int64_t>(1, std::min(own, std::max(fitting, least)));
   return plan;
 }

@@ -63,6 +63,24 @@ ENCDEC_INLINE Int iload(const void* p) { return _mm512_loadu_si512(p); }
 ENCDEC_INLINE void istore(void* p, Int v) { _mm512_storeu_si512(p, v); }
 ENCDEC_INLINE Int iadd(Int a, Int b) { return _mm512_add_epi32(a, b); }
 ENCDEC_INLINE Int ixor(Int a, Int b) { return _mm512_xor_si512(a, b); }
+ENCDEC_INLINE Int iand(Int a, Int b) { return _mm512_and_si512(a, b); }
+template <int n>
+ENCDEC_INLINE Int shift_left(Int v) {
+  return _mm512_slli_epi32(v, n);
+}
+template <int n>
+ENCDEC_INLINE Int shift_right(Int v) {  // zeros come in
+  return _mm512_srli_epi32(v, n);
+}
+// Both 16-bit halves of every lane by themselves.
+template <int n>
+ENCDEC_INLINE Int shift_left_halves(Int v) {
+  return _mm512_slli_epi16(v, n);
+}
+// The upper byte of each half as a signed number.
+ENCDEC_INLINE Int signed_high_bytes(Int v) { return _mm512_srai_epi16(v, 8); }
+// The sum of the products of both halves of a lane.
+ENCDEC_INLINE Int madd_halves(Int a, Int b) { return _mm512_madd_epi16(a, b); }
 // The 64 bits of a product of two unsigned numbers, as its upper and lower half.
 ENCDEC_INLINE void mul_wide(Int a, Int b, Int* high, Int* low) {
   const Int even = _mm512_mul_epu32(a, b);
@@ -191,6 +209,21 @@ ENCDEC_INLINE Int iload(const void* p) {
 ENCDEC_INLINE void istore(void* p, Int v) { _mm256_storeu_si256(static_cast<__m256i*>(p), v); }
 ENCDEC_INLINE Int iadd(Int a, Int b) { return _mm256_add_epi32(a, b); }
 ENCDEC_INLINE Int ixor(Int a, Int b) { return _mm256_xor_si256(a, b); }
+ENCDEC_INLINE Int iand(Int a, Int b) { return _mm256_and_si256(a, b); }
+template <int n>
+ENCDEC_INLINE Int shift_left(Int v) {
+  return _mm256_slli_epi32(v, n);
+}
+template <int n>
+ENCDEC_INLINE Int shift_right(Int v) {  // zeros come in
+  return _mm256_srli_epi32(v, n);
+}
+template <int n>
+ENCDEC_INLINE Int shift_left_halves(Int v) {
+  return _mm256_slli_epi16(v, n);
+}
+ENCDEC_INLINE Int signed_high_bytes(Int v) { return _mm256_srai_epi16(v, 8); }
+ENCDEC_INLINE Int madd_halves(Int a, Int b) { return _mm256_madd_epi16(a, b); }
 ENCDEC_INLINE void mul_wide(Int a, Int b, Int* high, Int* low) {
   const Int even = _mm256_mul_epu32(a, b);
   const Int odd = _mm256_mul_epu32(_mm256_srli_epi64(a, 32), _mm256_srli_epi64(b, 32));

@@ -2,7 +2,8 @@
 //
 // X (rows of inputs or of previous states, wherever they lie) is packed by columns with k = row. dG
 // has its rows along k already, so that the product reads floats as they lie, by columns; of bf16,
-// two rows make a word, and their words are transposed into staged rows.
+// two rows make a word, and their words are transposed into staged rows. Tiles of few rows use a
+// small part of each line of dG that they read: with AVX2 a tile's columns are copied first.
 #pragma once
 
 #include "core/gemm.h"
@@ -12,19 +13,24 @@
 namespace encdec {
 namespace ENCDEC_ISA_NAMESPACE {
 
+// Rows of dG that meet all of a member's panels together, in dG W: they stay in L2 beside a panel.
+constexpr int64_t kGroupBytes = 256 * 1024;
+
 template <Format format>
 struct WeightGrad {
   static constexpr int NV = kVectors;
   static constexpr int kStripTiles = 4;  // tiles of gate units that pass over a panel together
   static constexpr int kGroup = group_size(format);
   static constexpr bool kPaired = format == Format::kBfloat16;
+  static constexpr bool kCopied = !kPaired && kIsa == Isa::kAvx2;
+  static constexpr int64_t kCopiedBytes = kLanes * 4;  // of one k: a tile's columns and some more
 
   Format dtype;       // of X
   const char* grads;  // dG: staged rows
   int64_t row_bytes;
   int64_t rows;
   int64_t padded, units;  // units per segment of dG, and how many of them are real
-  char* buffer;           // bytes(chunk_rows, widest, row_bytes)
+  char* buffer;           // bytes(chunk_rows, widest, row_bytes, members)
   int64_t chunk_rows, widest;
   bool last;  // no chunk follows whose gradients are added
   int rank, members;
@@ -33,9 +39,11 @@ struct WeightGrad {
   static int64_t packed_bytes(int64_t chunk_rows, int64_t width) {
     return panels_of(width) * packed_panel_bytes(format, chunk_rows, NV);
   }
-  static int64_t bytes(int64_t chunk_rows, int64_t widest, int64_t row_bytes) {
+  static int64_t copy_bytes(int64_t chunk_rows) { return kStripTiles * chunk_rows * kCopiedBytes; }
+  static int64_t bytes(int64_t chunk_rows, int64_t widest, int64_t row_bytes, int members) {
     const int64_t staged = row_bytes / 2 * staged_row_bytes(format, chunk_rows);
-    return packed_bytes(chunk_rows, widest) + (kPaired ? staged : 0);
+    const int64_t copies = kCopied ? members * copy_bytes(chunk_rows) : 0;
+    return packed_bytes(chunk_rows, widest) + (kPaired ? staged : copies);
   }
 
   // Before add(), by all members; add() has the barrier that completes it.
@@ -71,6 +79,7 @@ struct WeightGrad {
       const int64_t unit = strips.begin(s % strips.count);
       const int64_t count = strips.begin(s % strips.count + 1) - unit;
       const int64_t column = (first + gate) * padded + unit;
+      if constexpr (kCopied) copy_strip(column, count);
       const RowsView columns = kPaired ? RowsView{staged(column), staged_bytes()}
                                        : RowsView{grads + column * 4, 4, row_bytes};
       multiply_strip(x, columns, count, width, target + (gate_of(gate) * units + unit) * width,
@@ -85,6 +94,25 @@ struct WeightGrad {
   int64_t staged_bytes() const { return staged_row_bytes(format, chunk_rows); }
   char* staged(int64_t column) const {
     return buffer + packed_bytes(chunk_rows, widest) + column * staged_bytes();
+  }
+
+  // This member's copy of tile i of a strip, by columns.
+  char* copied(int64_t i) const {
+    return buffer + packed_bytes(chunk_rows, widest) + rank * copy_bytes(chunk_rows) +
+           i * chunk_rows * kCopiedBytes;
+  }
+
+  void copy_strip(int64_t column, int64_t count) const {
+    const RowTiles tiles(count, tile_rows(format, NV));
+    for (int64_t i = 0; i < tiles.count; ++i) {
+      const int64_t first = column + tiles.begin(i), end = column + tiles.begin(i + 1);
+      const bool inside = (first + kLanes) * 4 <= row_bytes;  // a whole vector, of which n are used
+      const float* from = reinterpret_cast<const float*>(grads) + first;
+      for (int64_t k = 0; k < rows; ++k, from += row_bytes / 4) {
+        store(reinterpret_cast<float*>(copied(i) + k * kCopiedBytes),
+              inside ? load(from) : load_partial(from, static_cast<int>(end - first)));
+      }
+    }
   }
 
   // Rows [2 kLanes square, ...) of kLanes columns, with zeros past the last row.
@@ -109,7 +137,8 @@ struct WeightGrad {
       for (int64_t i = 0; i < tiles.count; ++i) {
         const int64_t row = tiles.begin(i);
         const int n = static_cast<int>(tiles.begin(i + 1) - row);
-        multiply_rows<format, NV>(n, x, b, strip.from(row), products, kPanel);
+        const RowsView columns = kCopied ? RowsView{copied(i), 4, kCopiedBytes} : strip.from(row);
+        multiply_rows<format, NV>(n, x, b, columns, products, kPanel);
         for (int j = 0; j < n; ++j) {
           for (int v = 0; v < NV && b * kPanel + v * kLanes < width; ++v) {
             const int64_t column = b * kPanel + v * kLanes;

@@ -59,7 +59,7 @@ inline FeedBackwardPlaces feed_backward_places(const Backward& f) {
     p.query_weight = all.take(panels_of(s.H) * packed_panel_bytes(format, m.A, kVectors));
     p.d_query = all.take(s.T * s.B * p.d_query_row);
     p.rows = all.take(s.T * s.B * static_cast<int64_t>(sizeof(char*)));
-    p.products = all.take(WeightGrad<format>::bytes(s.T * s.B, s.H, p.d_query_row));
+    p.products = all.take(WeightGrad<format>::bytes(s.T * s.B, s.H, p.d_query_row, f.rnn.threads));
     p.sums = all.take(f.rnn.dtype == Format::kFloat32 ? 0 : m.A * s.H * 4);
   }
   p.member = all.end();

@@ -34,7 +34,9 @@ inline BackwardPlaces backward_places(const LinearBackward& f) {
   p.row = staged_row_bytes(kFloat, f.N);
   p.grads = layout.take(f.chunk_rows * p.row);
   p.pointers = layout.take(f.chunk_rows * static_cast<int64_t>(sizeof(char*)));
-  p.products = layout.take(f.grad_weight ? WeightGrad<kFloat>::bytes(f.chunk_rows, f.K, p.row) : 0);
+  if (f.grad_weight) {
+    p.products = layout.take(WeightGrad<kFloat>::bytes(f.chunk_rows, f.K, p.row, f.threads));
+  }
   p.bias = layout.take(round_up(f.N, kLanes) * 4);
   p.bytes = layout.end();
   return p;
@@ -109,7 +111,7 @@ class LinearBackwardRun {
     const PackedView w =
         view(call_.workspace, MatrixPlace{places_.weight}, kFloat, call_.N, kVectors);
     // As many rows as stay in L2 beside a panel, then all of this member's panels over them.
-    const int64_t group = kRows * (1 + 256 * 1024 / (kRows * places_.row));
+    const int64_t group = kRows * (1 + within_l2(kGroupBytes) / (kRows * places_.row));
     for (int64_t start = 0; start < rows; start += group) {
       const RowTiles tiles(rows - start < group ? rows - start : group, kRows);
       for (int64_t p = part(panels_of(call_.K), rank_); p < part(panels_of(call_.K), rank_ + 1);

@@ -74,7 +74,7 @@ inline BackwardPlaces backward_places(const Backward& f) {
   p.sum_hh = take(sums ? Sg::kGates * s.H * s.P * 4 : 0);
   p.pointers = take(3 * f.chunk_rows * static_cast<int64_t>(sizeof(char*)));
   p.zeros = take(s.P * 4);
-  p.products = take(WeightGrad<format>::bytes(f.chunk_rows, widest, p.row_bytes));
+  p.products = take(WeightGrad<format>::bytes(f.chunk_rows, widest, p.row_bytes, f.threads));
   p.bytes = at;
   return p;
 }
@@ -202,10 +202,10 @@ class BackwardRun {
     for (int64_t b = part(Pl::blocks(n), rank_); b < part(Pl::blocks(n), rank_ + 1); ++b) {
       char* dst = packed + b * panel;
       if (s_.H < segment) std::memset(dst, 0, static_cast<size_t>(panel));
-      for (int v = 0; v < NV; ++v) {
-        const int64_t column = b * Pl::kUnits + v * kLanes;
-        const int lanes = column < n ? lanes_left(column, n) : 0;
-        for (int i = 0; i < Sg::kGates; ++i) {
+      for (int i = 0; i < Sg::kGates; ++i) {
+        for (int v = 0; v < NV; ++v) {  // of one line, with AVX2
+          const int64_t column = b * Pl::kUnits + v * kLanes;
+          const int lanes = column < n ? lanes_left(column, n) : 0;
           const char* from = src + (gate_of(i) * s_.H * row_stride + column) * esize_;
           pack_columns<format>({from, call_.dtype, 1, row_stride, lanes}, s_.H,
                                dst + v * kVector + i * segment / group_size(format) * kStep, kStep,
@@ -405,7 +405,8 @@ class BackwardRun {
     const PackedView w = packed(work_ + places_.w_ih);
     const int64_t blocks = Pl::blocks(s_.I);
     // As many rows as stay in L2 beside a panel, then all of this member's panels over them.
-    const int64_t group = kTileRoom * (1 + 256 * 1024 / (kTileRoom * places_.row_bytes));
+    const int64_t group =
+        kTileRoom * (1 + within_l2(kGroupBytes) / (kTileRoom * places_.row_bytes));
     for (int64_t start = 0; start < rows; start += group) {
       const RowTiles tiles(smaller(group, rows - start), tile_rows(format, NV));
       for (int64_t b = part(blocks, rank_); b < part(blocks, rank_ + 1); ++b) {

@@ -56,7 +56,7 @@ def why_not(call: RecurrentCall) -> list[str]:
     return reasons
 
 
-def _make_pack(kind: str, weights: list[Tensor], weight_format: int) -> Tensor:
+def make_pack(kind: str, weights: list[Tensor], weight_format: int) -> Tensor:
     """One direction's weights, w_ih, w_hh, b_ih, b_hh, w_hr without those that are not there."""
     check_weights(kind, weights)
     packed: Tensor = torch.ops.encdec_fast_cpu.rnn_pack(CELLS[kind], weights, weight_format)
@@ -66,13 +66,13 @@ def _make_pack(kind: str, weights: list[Tensor], weight_format: int) -> Tensor:
 def _pack(call: RecurrentCall, weights: list[Tensor], again: bool = False) -> list[Tensor]:
     weight_format = FORMATS[call.weight_dtype or call.dtype]
     if not call.bidirectional:
-        return [kept(call.kind, weights, weight_format, _make_pack, again=again)]
+        return [kept(call.kind, weights, weight_format, make_pack, again=again)]
     half = len(weights) // 2
     if weights[0].shape != weights[half].shape or weights[1].shape != weights[half + 1].shape:
         raise RuntimeError(f"{call.kind}: both directions must have weights of the same shapes")
     return [
-        kept(call.kind, weights[:half], weight_format, _make_pack, again=again),
-        kept(call.kind, weights[half:], weight_format, _make_pack, again=again),
+        kept(call.kind, weights[:half], weight_format, make_pack, again=again),
+        kept(call.kind, weights[half:], weight_format, make_pack, again=again),
     ]
 
 
