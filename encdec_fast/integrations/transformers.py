@@ -4,7 +4,7 @@
     model.generate(...)  # as before
     print(encdec_fast.explain(model.generate, ...))  # what runs it, and why
 
-transformers (5.x, made for 5.23) prepares a call as ever: it merges configs and arguments, runs the
+transformers (5.x up to 5.23) prepares a call as ever: it merges configs and arguments, runs the
 encoder, makes the first tokens. In place of its own decoding method it is given the engine's
 (`custom_generate`). What the engine lacks is told by one line of the log, and the call begins anew
 with transformers' own method.
