@@ -33,7 +33,7 @@ inline AdditiveBackwardPlaces additive_backward_places(const AdditiveBackward& b
   AdditiveBackwardPlaces p{};
   p.stride = row_floats(s.D);
   p.grads_stride = round_up(s.S, kLanes);
-  const int64_t fitting = within_l2(kChunkBytes) / (8 * (s.Tq + s.S)) / kLanes * kLanes;
+  const int64_t fitting = kChunkBytes / (8 * (s.Tq + s.S)) / kLanes * kLanes;
   const int64_t whole = round_up(s.A, kLanes);
   p.chunk = fitting < kLanes ? kLanes : fitting > whole ? whole : fitting;
   int64_t at = 0;

@@ -3,7 +3,6 @@
 #include <algorithm>
 
 #include "core/amx.h"
-#include "core/cpu_features.h"
 
 namespace encdec::attention {
 namespace {
@@ -24,8 +23,7 @@ double products(const Attention& call) {
 // Queries whose scores are `scores` together, at most `most`: whole ones of the product's tallest
 // tiles.
 int64_t query_rows(const Attention& call, int64_t scores, int64_t most, int64_t queries) {
-  const bool amx = amx_chosen && call.dtype == Format::kBfloat16;
-  const int64_t tile = amx ? amx_rows(2) : chosen_isa() == Isa::kAvx2 ? 6 : 14;
+  const int64_t tile = amx_chosen && call.dtype == Format::kBfloat16 ? amx_rows(2) : 14;
   const int64_t fitting = std::min(most, scores / std::max<int64_t>(1, call.S));
   return std::max<int64_t>(1, std::min(std::max(fitting / tile, int64_t{1}) * tile, queries));
 }
@@ -49,7 +47,7 @@ void plan(Attention& call, int available) {
   const int64_t rows = call.Tq * group;
   call.threads = products(call) > kTeamProducts ? std::max(1, available) : 1;
   call.packed = rows >= kPackedRows;
-  call.query_rows = query_rows(call, within_l2(kScoreBytes) / 4, kMostRows, rows);
+  call.query_rows = query_rows(call, kScoreBytes / 4, kMostRows, rows);
   const int64_t head = call.S * (call.D + call.V) * element_bytes(call.dtype);
   const int64_t most = call.packed ? kRoundBytes / std::max<int64_t>(1, head) : heads;
   // Enough heads at a time that the team's members end together.
@@ -62,7 +60,7 @@ void plan_backward(Attention& call, int available) {
   const int64_t heads = std::max<int64_t>(1, call.B * call.G);
   const bool team = products(call) > kTeamProducts;
   call.threads = team ? static_cast<int>(std::min<int64_t>(std::max(1, available), heads)) : 1;
-  call.query_rows = query_rows(call, within_l2(kBackwardBytes) / 8, kMostBackwardRows, call.Tq);
+  call.query_rows = query_rows(call, kBackwardBytes / 8, kMostBackwardRows, call.Tq);
 }
 
 }  // namespace encdec::attention

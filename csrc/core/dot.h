@@ -46,10 +46,7 @@ struct Dot<Format::kFloat16> : Dot<Format::kFloat32> {
 
 #if defined(__AVX512BF16__)
 template <>
-struct Dot<Format::kBfloat16> {
-  using Acc = Float;
-  static constexpr int kParts = 1;
-  static ENCDEC_INLINE Acc start() { return zero(); }
+struct Dot<Format::kBfloat16> : Dot<Format::kFloat32> {
   template <int part = 0>
   static ENCDEC_INLINE Int weights(const char* p) {
     return iload(p);
@@ -60,8 +57,6 @@ struct Dot<Format::kBfloat16> {
   static ENCDEC_INLINE Acc step(Acc acc, Int x, Int w) {
     return _mm512_dpbf16_ps(acc, (__m512bh)x, (__m512bh)w);
   }
-  static ENCDEC_INLINE Acc sum(Acc a, Acc b) { return add(a, b); }
-  static ENCDEC_INLINE void put(float* out, Acc acc) { store(out, acc); }
 };
 #else
 // Both halves of a word as floats.
@@ -90,41 +85,39 @@ struct Dot<Format::kBfloat16> : Dot<Format::kFloat32> {
 #endif
 
 // Unsigned rows times signed weights, exact 32-bit sums on every instruction set.
+struct IntegerSums {
+  using Acc = Int;
+  static ENCDEC_INLINE Acc start() { return izero(); }
+  static ENCDEC_INLINE Int word(const char* p) {
+    return iset1(*reinterpret_cast<const int32_t*>(p));
+  }
+  static ENCDEC_INLINE Acc sum(Acc a, Acc b) { return iadd(a, b); }
+  static ENCDEC_INLINE void put(float* out, Acc acc) { store(out, to_float(acc)); }
+};
+
 #if defined(__AVX512VNNI__)
 template <>
-struct Dot<Format::kInt8> {
-  using Acc = Int;
+struct Dot<Format::kInt8> : IntegerSums {
   static constexpr int kParts = 1;
-  static ENCDEC_INLINE Acc start() { return izero(); }
   template <int part = 0>
   static ENCDEC_INLINE Int weights(const char* p) {
     return iload(p);
-  }
-  static ENCDEC_INLINE Int word(const char* p) {
-    return iset1(*reinterpret_cast<const int32_t*>(p));
   }
   static ENCDEC_INLINE Acc step(Acc acc, Int x, Int w) {
     // The intrinsic makes GCC 12 copy every accumulator to the stack and back in each step.
     asm("vpdpbusd %2, %1, %0" : "+v"(acc) : "v"(x), "v"(w));
     return acc;
   }
-  static ENCDEC_INLINE Acc sum(Acc a, Acc b) { return iadd(a, b); }
-  static ENCDEC_INLINE void put(float* out, Acc acc) { store(out, to_float(acc)); }
 };
 #else
 // Even and odd bytes as 16-bit numbers. (The multiply-add of bytes saturates.)
 template <>
-struct Dot<Format::kInt8> {
-  using Acc = Int;
+struct Dot<Format::kInt8> : IntegerSums {
   static constexpr int kParts = 2;
-  static ENCDEC_INLINE Acc start() { return izero(); }
   template <int part>
   static ENCDEC_INLINE Int weights(const char* p) {
     const Int w = iload(p);
     return signed_high_bytes(part == 0 ? shift_left_halves<8>(w) : w);
-  }
-  static ENCDEC_INLINE Int word(const char* p) {
-    return iset1(*reinterpret_cast<const int32_t*>(p));
   }
   static ENCDEC_INLINE void widen(Int words, char* first, char* second) {
     istore(first, iand(words, iset1(0x00ff00ff)));
@@ -136,8 +129,6 @@ struct Dot<Format::kInt8> {
     asm("" : "+v"(acc));
     return acc;
   }
-  static ENCDEC_INLINE Acc sum(Acc a, Acc b) { return iadd(a, b); }
-  static ENCDEC_INLINE void put(float* out, Acc acc) { store(out, to_float(acc)); }
 };
 #endif
 

@@ -68,5 +68,10 @@ struct RowTiles {
   int64_t begin(int64_t i) const { return i * size < rows ? i * size : rows; }
 };
 
+// As many rows, in whole tiles, as stay in L2 beside a panel while all panels pass over them.
+inline int64_t rows_in_l2(int tile, int64_t row_bytes) {
+  return tile * (1 + within_l2(256 * 1024) / (tile * row_bytes));
+}
+
 }  // namespace ENCDEC_ISA_NAMESPACE
 }  // namespace encdec

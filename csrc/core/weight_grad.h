@@ -13,9 +13,6 @@
 namespace encdec {
 namespace ENCDEC_ISA_NAMESPACE {
 
-// Rows of dG that meet all of a member's panels together, in dG W: they stay in L2 beside a panel.
-constexpr int64_t kGroupBytes = 256 * 1024;
-
 template <Format format>
 struct WeightGrad {
   static constexpr int NV = kVectors;

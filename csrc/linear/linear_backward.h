@@ -110,8 +110,7 @@ class LinearBackwardRun {
     alignas(64) float tile[kRows * kPanel];
     const PackedView w =
         view(call_.workspace, MatrixPlace{places_.weight}, kFloat, call_.N, kVectors);
-    // As many rows as stay in L2 beside a panel, then all of this member's panels over them.
-    const int64_t group = kRows * (1 + within_l2(kGroupBytes) / (kRows * places_.row));
+    const int64_t group = rows_in_l2(kRows, places_.row);
     for (int64_t start = 0; start < rows; start += group) {
       const RowTiles tiles(rows - start < group ? rows - start : group, kRows);
       for (int64_t p = part(panels_of(call_.K), rank_); p < part(panels_of(call_.K), rank_ + 1);

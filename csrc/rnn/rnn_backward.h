@@ -404,9 +404,7 @@ class BackwardRun {
     alignas(64) float products[kTileRoom * Pl::kUnits];
     const PackedView w = packed(work_ + places_.w_ih);
     const int64_t blocks = Pl::blocks(s_.I);
-    // As many rows as stay in L2 beside a panel, then all of this member's panels over them.
-    const int64_t group =
-        kTileRoom * (1 + within_l2(kGroupBytes) / (kTileRoom * places_.row_bytes));
+    const int64_t group = rows_in_l2(kTileRoom, places_.row_bytes);
     for (int64_t start = 0; start < rows; start += group) {
       const RowTiles tiles(smaller(group, rows - start), tile_rows(format, NV));
       for (int64_t b = part(blocks, rank_); b < part(blocks, rank_ + 1); ++b) {
