@@ -56,16 +56,24 @@ __attribute__((visibility("default"))) void multiply_rows(int rows, const Packed
                                                           int64_t out_stride, bool onto = false,
                                                           Ahead ahead = {});
 
-// Cuts `rows` into the fewest tiles, all of one size but for the last: the matrix unit is
-// configured for a number of rows.
+// Cuts `rows` into the fewest tiles. The matrix unit is configured for a number of rows: all tiles
+// but the last have one size there. Else they differ by one row at most, for a tile of very few
+// rows adds up in another order than the others (gemm_cpu.cpp): a row's result would depend on
+// where a chunk or a thread's part happens to end.
 struct RowTiles {
-  int64_t rows;
-  int64_t count, size;
+  int64_t rows, count;
+  int64_t size, longer;  // of a tile, and how many tiles have one row more
   RowTiles(int64_t rows, int max_rows)
       : rows(rows),
-        count(rows == 0 ? 0 : (rows + max_rows - 1) / max_rows),
-        size(count == 0 ? 0 : (rows + count - 1) / count) {}
-  int64_t begin(int64_t i) const { return i * size < rows ? i * size : rows; }
+        count((rows + max_rows - 1) / max_rows),
+        size(count == 0   ? 0
+             : amx_chosen ? (rows + count - 1) / count
+                          : rows / count),
+        longer(count == 0 || amx_chosen ? 0 : rows % count) {}
+  int64_t begin(int64_t i) const {
+    const int64_t first = i * size + (i < longer ? i : longer);
+    return first < rows ? first : rows;
+  }
 };
 
 // As many rows, in whole tiles, as stay in L2 beside a panel while all panels pass over them.
