@@ -1,7 +1,8 @@
 """Tiny encoder-decoder models of transformers with random weights, and searches with them.
 
 Weights are large enough that distributions are not flat, and the end token has a bias in the
-logits, without which random models hardly ever end.
+logits, without which random models hardly ever end. Those of queries and keys are smaller: with
+large ones attention looks at one position only, and which one that is hangs on the last digits.
 """
 
 from __future__ import annotations
@@ -203,7 +204,7 @@ def _text(pad: int) -> dict[str, Tensor]:
 def _finish(
     model: Any, gain: float, bias: float, start: int, eos: int, pad: int, **inputs: Tensor
 ) -> Tiny:
-    """Weights larger by `gain`, but not the embeddings', and the bias of the end token.
+    """Weights larger by `gain`, but not the embeddings', queries' and keys'; the end token's bias.
 
     The special tokens take the place of the class's own defaults.
     """
@@ -211,8 +212,9 @@ def _finish(
 
     head = model.get_output_embeddings()
     with torch.no_grad():
-        for module in model.modules():
-            if isinstance(module, nn.Linear) and module is not head:
+        for name, module in model.named_modules():
+            large = module is not head and not name.endswith(("q_proj", "k_proj", ".q", ".k"))
+            if isinstance(module, nn.Linear) and large:
                 module.weight *= gain
     biases = torch.zeros(VOCABULARY).index_fill_(0, torch.tensor(eos), bias)
     if hasattr(model, "final_logits_bias"):
@@ -298,7 +300,7 @@ def whisper() -> Tiny:
     model = WhisperForConditionalGeneration(config)
     frames = 2 * torch.tensor(LENGTHS).clamp(max=8).view(-1, 1, 1)
     features = torch.randn(len(LENGTHS), 6, 16) * (torch.arange(16) < frames)
-    return _finish(model, gain=4, bias=4, start=58, eos=2, pad=1, input_features=features)
+    return _finish(model, gain=4, bias=4.5, start=58, eos=2, pad=1, input_features=features)
 
 
 BUILDERS: dict[str, Callable[[], Tiny]] = {
