@@ -138,6 +138,15 @@ def exhaustive(
     return sorted(found, reverse=True)
 
 
+def without_replacement(p: Sequence[float], drawn: Sequence[int]) -> float:
+    """The chance that these are drawn, in this order, where each draw has the odds p."""
+    chance, left = 1.0, 1.0
+    for token in drawn:
+        chance *= p[token] / left
+        left -= p[token]
+    return chance
+
+
 def of_sentence(state: Any, i: int) -> Any:
     """The toy's first state for one sentence."""
     (hidden, _), (memory, padding) = state["hidden"], state["source"]

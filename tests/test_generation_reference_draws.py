@@ -110,19 +110,18 @@ def test_seeds() -> None:
 
 
 def test_beam_sampling_of_one_token() -> None:
-    """Of candidates drawn without replacement the first two count; the better one is returned."""
+    """The best of the four candidates that are drawn without replacement is returned."""
     n = 4000
-    step, state = models.toy(n, V=6, alike=True)
+    step, state = models.toy(n, V=16, alike=True)
     config = GenerationConfig(do_sample=True, num_beams=2, top_k=0, max_new_tokens=1, seed=1)
     p = step(torch.tensor([1]), models.of_sentence(state, 0))[0][0].softmax(0).tolist()
-    expected: dict[int, float] = dict.fromkeys(range(6), 0.0)
-    for first, second in itertools.permutations(range(6), 2):
-        better = first if p[first] > p[second] else second
-        expected[better] += p[first] * p[second] / (1 - p[first])
+    expected: dict[int, float] = dict.fromkeys(range(16), 0.0)
+    for drawn in itertools.permutations(range(16), 4):
+        expected[max(drawn, key=lambda token: p[token])] += models.without_replacement(p, drawn)
     expected = {token: chance for token, chance in expected.items() if chance}
     found = search(step, state, [[1]] * n, config)
     assert p_value(Counter(hyps[0].tokens[1] for hyps in found), expected) > 0.01
-    best = max(range(6), key=lambda token: p[token])
+    best = max(range(16), key=lambda token: p[token])
     assert p_value(Counter({best: n}), expected) < 0.001
 
 

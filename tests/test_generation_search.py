@@ -11,6 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import generation_models as models
 import pytest
 import torch
 from hypothesis import assume, given, settings
@@ -291,12 +292,13 @@ def test_tokens_as_good_as_the_last_of_top_k() -> None:
 
 
 def test_beams_are_drawn_without_replacement() -> None:
-    """Two beams and one step: the pair (i, j) comes with p(i) p(j) / (1 - p(i))."""
-    B, table = 8000, Table(6, 1, 4)
+    """Two beams and one step: four tokens are drawn, and the best two of them are the result."""
+    B, table = 8000, Table(6, 1, 6)
     p = table.logits[0, 0, 0].double().softmax(0).tolist()
     exact: Counter[frozenset[int]] = Counter()
-    for i, j in itertools.permutations(range(4), 2):
-        exact[frozenset((i, j))] += p[i] * p[j] / (1 - p[i])  # type: ignore[assignment]
+    for drawn in itertools.permutations(range(6), 4):
+        pair = frozenset(sorted(drawn, key=lambda token: p[token])[2:])
+        exact[pair] += models.without_replacement(p, drawn)  # type: ignore[assignment]
     options = {"num_beams": 2, "num_return_sequences": 2, "max_new_tokens": 1, "top_k": 0}
     config = GenerationConfig(do_sample=True, seed=2, **options)
 
@@ -308,10 +310,10 @@ def test_beams_are_drawn_without_replacement() -> None:
     assert chi_square(count, dict(exact)) > 1e-3
 
 
-@pytest.mark.parametrize("options", [{}, {"top_k": 3}, {"top_p": 0.9}, {"temperature": 2.0}])
+@pytest.mark.parametrize("options", [{}, {"top_k": 6}, {"top_p": 0.9}, {"temperature": 2.0}])
 def test_beam_sampling_as_the_reference(options: dict[str, Any]) -> None:
     """The distributions of the best of two beams are the same (a test of homogeneity)."""
-    B, table = 800, Table(7, 1, 4)
+    B, table = 800, Table(7, 1, 8)
 
     def step(tokens: Tensor, position: Tensor) -> tuple[Tensor, Tensor]:
         return table.logits[0, position, tokens], position + 1

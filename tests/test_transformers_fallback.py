@@ -138,7 +138,7 @@ def equal(one: Any, other: Any) -> bool:
     if isinstance(one, (tuple, list)):
         return all(map(equal, one, other)) and len(one) == len(other)
     return one.keys() == other.keys() and all(
-        equal(one[key], other[key]) for key in one if key != "past_key_values"
+        equal(one[key], other[key]) for key in one if key not in ("cache", "past_key_values")
     )
 
 

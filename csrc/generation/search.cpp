@@ -238,7 +238,7 @@ class Search {
     }
   }
 
-  // The kept() best continuations of a sentence's hypotheses.
+  // The kept() best continuations of a sentence's hypotheses, or so many that are drawn, best first.
   void find_continuations(Sentence& s, int64_t first) {
     all_.clear();
     for (size_t beam = 0; beam < s.open.size(); ++beam) {
@@ -260,6 +260,11 @@ class Search {
                         return a.beam != b.beam ? a.beam < b.beam : a.token < b.token;
                       });
     all_.resize(kept);
+    if (options_.sample) {  // what was drawn is in the order of its scores from here on
+      std::stable_sort(all_.begin(), all_.end(), [](const Continuation& a, const Continuation& b) {
+        return a.score > b.score;
+      });
+    }
   }
 
   double length_factor(int64_t length) const {
@@ -278,11 +283,6 @@ class Search {
     for (size_t i = 0; i < std::min(beams, all_.size()); ++i) {
       const Continuation& c = all_[i];
       if (ends(s, c.token)) end(s, write_one(c), c.score);
-    }
-    if (options_.sample) {  // those that stay open are in the order of their scores again
-      std::stable_sort(all_.begin(), all_.end(), [](const Continuation& a, const Continuation& b) {
-        return a.score > b.score;
-      });
     }
     for (const Continuation& c : all_) {
       if (s.open.size() == beams) break;

@@ -14,8 +14,8 @@ s is what a token adds to its hypothesis; -inf, and NaN, are never written. With
 token is taken, or one is drawn from exp(s). With n beams and E end tokens:
 
     6. candidates are the best max(2, 1 + E) * n of the R * V sums of log probabilities, or, with
-       do_sample, so many drawn without replacement from the softmax over all of these sums, in the
-       order in which they were drawn
+       do_sample, so many drawn without replacement from the softmax over all of these sums; best
+       first
     7. a candidate ends if its token is an end token, its length the limit, or the time is over.
        Of the first n candidates those that end are finished hypotheses, of which the n best remain;
        an end further back is forgotten. Of the others the n best stay open.
@@ -251,7 +251,8 @@ class _Sentence:
         elif config.do_sample:
             probs = sums.softmax(0)
             count = min(count, int((probs > 0).sum()))
-            places = torch.multinomial(probs, count, generator=self.random).tolist()  # as drawn
+            drawn = torch.multinomial(probs, count, generator=self.random)
+            places = drawn[sums[drawn].sort(descending=True, stable=True).indices].tolist()
         else:
             count = min(count, int(possible.sum()))
             places = sums.sort(descending=True, stable=True).indices[:count].tolist()

@@ -1,6 +1,6 @@
 """Decoders of transformers' models, described for the engine with the model's own tensors.
 
-Read from the classes as transformers 5.23 has them (transformers/models/*/modeling_*.py). A part of
+Read from the classes as transformers 5.24 has them (transformers/models/*/modeling_*.py). A part of
 another class than the file of the model gives it is `NotDescribed`.
 """
 

@@ -1,6 +1,6 @@
 """Encoder layers of transformers' models on fused calls: six for each layer.
 
-Read from the classes as transformers 5.23 has them (transformers/models/*/modeling_*.py). A layer
+Read from the classes as transformers 5.24 has them (transformers/models/*/modeling_*.py). A layer
 is swapped by giving it another class, a subclass of its own: its parameters and hooks stay, and so
 does the encoder around it, with its embeddings and masks.
 """

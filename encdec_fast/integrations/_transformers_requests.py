@@ -1,6 +1,6 @@
 """What transformers' generate has prepared, in the engine's terms, or why it has no such terms.
 
-transformers (5.23, generation/utils.py) merges configs and arguments, runs the encoder, makes the
+transformers (5.24, generation/utils.py) merges configs and arguments, runs the encoder, makes the
 first tokens, logits processors and stopping criteria, and hands all that to a decoding method.
 Options are taken from its config, and from those processors that a model's own generate makes.
 """
@@ -79,6 +79,7 @@ _CRITERIA = {"MaxLengthCriteria", "MaxTimeCriteria", "EosTokenCriteria"}
 _ARGUMENTS = {
     "attention_mask",
     "encoder_outputs",
+    "cache",  # of its own decoder; before 5.24 past_key_values
     "past_key_values",
     "use_cache",
     "logits_to_keep",

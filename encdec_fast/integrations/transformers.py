@@ -4,7 +4,7 @@
     model.generate(...)  # as before
     print(encdec_fast.explain(model.generate, ...))  # what runs it, and why
 
-transformers (5.x up to 5.23) prepares a call as ever: it merges configs and arguments, runs the
+transformers (5.x up to 5.24) prepares a call as ever: it merges configs and arguments, runs the
 encoder, makes the first tokens. In place of its own decoding method it is given the engine's
 (`custom_generate`). What the engine lacks is told by one line of the log, and the call begins anew
 with transformers' own method.
@@ -47,6 +47,7 @@ _FOREIGN = (
     "synced_gpus",
     "custom_generate",
     "cache_implementation",
+    "cache",
     "past_key_values",
     "inputs_embeds",
     "decoder_inputs_embeds",
@@ -122,7 +123,7 @@ class Generate:
         """As the generate of the model's class; see there for arguments, results and errors.
 
         With return_dict_in_generate a beam search has sequences_scores, with or without
-        output_scores; beam_indices and past_key_values are None.
+        output_scores; beam_indices and the cache are None.
         """
         method = type(self.model).generate
         if requested_backend() == "torch":
