@@ -238,7 +238,8 @@ class Search {
     }
   }
 
-  // The kept() best continuations of a sentence's hypotheses, or so many that are drawn, best first.
+  // The kept() best continuations of a sentence's hypotheses, or so many that are drawn, best
+  // first.
   void find_continuations(Sentence& s, int64_t first) {
     all_.clear();
     for (size_t beam = 0; beam < s.open.size(); ++beam) {
