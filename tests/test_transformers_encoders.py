@@ -6,6 +6,7 @@ import copy
 import pickle
 from collections.abc import Callable
 from typing import Any
+from unittest import mock
 
 import generation_models as models
 import pytest
@@ -74,6 +75,18 @@ def test_whole_encoders(name: str) -> None:
     real = given.get("attention_mask", torch.ones(expected[0].shape[:2])).bool()
     for one, other in zip(found.hidden_states, expected.hidden_states, strict=True):
         torch.testing.assert_close(one[real], other[real], atol=5e-5, rtol=5e-5)
+
+
+@EACH
+def test_generate_runs_the_fused_layers(name: str) -> None:
+    """Whatever arguments transformers gives to the layers of an encoder."""
+    tiny = models.build(name)
+    fast = integration.optimize(copy.deepcopy(tiny.model))
+    own = type(fast.get_encoder().layers[0]).__mro__[2]
+    with mock.patch.object(own, "forward", side_effect=AssertionError("part by part")):
+        fast.generate(**tiny.inputs, max_new_tokens=2)
+        with pytest.raises(AssertionError, match="part by part"):
+            copy.deepcopy(tiny.model).generate(**tiny.inputs, max_new_tokens=2)
 
 
 def _train(layer: Any) -> None:

@@ -75,8 +75,9 @@ class _Fused:
         own = parts.get("self_attn")
         if module.training:
             return "it is in training mode"
-        if any(value is not None and value is not False for value in kwargs.values()):
-            return f"the arguments {', '.join(kwargs)}"
+        asked = [name for name, value in kwargs.items() if value is not None and value is not False]
+        if asked and asked != ["use_cache"]:  # which an encoder is given, and nobody reads
+            return f"the arguments {', '.join(asked)}"
         if torch.compiler.is_compiling():
             return "torch.compile fuses by itself"
         if (
