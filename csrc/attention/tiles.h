@@ -13,17 +13,6 @@ using namespace encdec::ENCDEC_ISA_NAMESPACE;
 // The most queries of a tile of sums. A tile has kLanes sums: queries times keys.
 constexpr int kTileQueries = kLanes / 4;
 
-// Lane i of the result is the sum of vector i.
-ENCDEC_INLINE Float sums_of(Float (&v)[kLanes]) {
-  transpose(v);
-#pragma GCC unroll 4
-  for (int half = kLanes / 2; half > 0; half /= 2) {
-#pragma GCC unroll 8
-    for (int i = 0; i < half; ++i) v[i] = add(v[i], v[i + half]);
-  }
-  return v[0];
-}
-
 // out[i * (kLanes / queries) + j]: the sum over all numbers of term(query i's, key j's), where
 // term(sum, q, k, a) adds the part of the vector at a. A row of queries has `size` floats, a
 // multiple of kLanes, and is q_stride floats from the next; key_at(j, a) is the vector at a of key

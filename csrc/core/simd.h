@@ -167,6 +167,24 @@ ENCDEC_INLINE void transpose(Float (&r)[kLanes]) {
     r[12 + c] = _mm512_shuffle_f32x4(t[4 + c], t[12 + c], 0xdd);
   }
 }
+// Lane i of the result is the sum of vector i: half of what a transpose takes.
+ENCDEC_INLINE Float sums_of(const Float (&v)[kLanes]) {
+  Float quads[4];  // of 4 vectors each: in every quarter one lane per vector
+  for (int i = 0; i < 4; ++i) {
+    Float pairs[2];
+    for (int j = 0; j < 2; ++j) {
+      const Float a = v[4 * i + 2 * j], b = v[4 * i + 2 * j + 1];
+      pairs[j] = add(_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b));
+    }
+    const __m512d a = _mm512_castps_pd(pairs[0]), b = _mm512_castps_pd(pairs[1]);
+    quads[i] =
+        add(_mm512_castpd_ps(_mm512_unpacklo_pd(a, b)), _mm512_castpd_ps(_mm512_unpackhi_pd(a, b)));
+  }
+  const auto halves = [](Float a, Float b) {
+    return add(_mm512_shuffle_f32x4(a, b, 0x88), _mm512_shuffle_f32x4(a, b, 0xdd));
+  };
+  return halves(halves(quads[0], quads[1]), halves(quads[2], quads[3]));
+}
 // Unsigned bytes of integers that lie in [0, 255].
 ENCDEC_INLINE void store_u8(uint8_t* p, Int v) {
   _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtepi32_epi8(v));
@@ -307,6 +325,21 @@ ENCDEC_INLINE void transpose(Float (&r)[kLanes]) {
     t[4 + c] = _mm256_permute2f128_ps(r[c], r[4 + c], 0x31);
   }
   for (int i = 0; i < 8; ++i) r[i] = t[i];
+}
+ENCDEC_INLINE Float sums_of(const Float (&v)[kLanes]) {
+  Float quads[2];
+  for (int i = 0; i < 2; ++i) {
+    Float pairs[2];
+    for (int j = 0; j < 2; ++j) {
+      const Float a = v[4 * i + 2 * j], b = v[4 * i + 2 * j + 1];
+      pairs[j] = add(_mm256_unpacklo_ps(a, b), _mm256_unpackhi_ps(a, b));
+    }
+    const __m256d a = _mm256_castps_pd(pairs[0]), b = _mm256_castps_pd(pairs[1]);
+    quads[i] =
+        add(_mm256_castpd_ps(_mm256_unpacklo_pd(a, b)), _mm256_castpd_ps(_mm256_unpackhi_pd(a, b)));
+  }
+  return add(_mm256_permute2f128_ps(quads[0], quads[1], 0x20),
+             _mm256_permute2f128_ps(quads[0], quads[1], 0x31));
 }
 ENCDEC_INLINE void store_u8(uint8_t* p, Int v) {
   const Half words = narrow_epu32_epu16(v);

@@ -9,7 +9,7 @@ namespace ENCDEC_ISA_NAMESPACE {
 
 const Kernels kKernels = {
     scan_row,
-    [](const TransformerMemory& m) { return transformer_memory_places(m).bytes; },
+    transformer_memory_sizes,
     [](const TransformerMemory& m) {
       with_format(m.format, [&](auto f) { run_transformer_memory<decltype(f)::value>(m); });
     },

@@ -45,20 +45,26 @@ struct TransformerLayer {
   Projection self_query, self_key, self_value, self_out;
   Projection cross_query, cross_out;
   Projection up, gate, down;  // gate.N = 0: none
-  // In kept_format: [B S][heads head_size].
+  // In kept_format, of each sentence and head: keys as a packed matrix of head_size by S, values
+  // [S][head_size].
   const char *memory_keys = nullptr, *memory_values = nullptr;
 };
 
 // Keys and values of all layers for a batch of memories.
 struct TransformerMemory {
-  const Projection* projections = nullptr;  // [count], each to `width` columns
-  int64_t count = 0, width = 0;
-  const float* memory = nullptr;  // [rows][size]
-  int64_t rows = 0, size = 0;
-  char* to = nullptr;  // in kept_format: [count][rows][width]
+  const Projection* projections = nullptr;  // [layers][2]: to keys, to values
+  int64_t layers = 0, heads = 0, head_size = 0;
+  const float* memory = nullptr;  // [B S][size]
+  int64_t B = 0, S = 0, size = 0;
+  char* to = nullptr;  // [layers]: keys, then values
   Format format = Format::kFloat32;
   int threads = 1;
   char* workspace = nullptr;
+};
+
+// In bytes: of one layer's keys, of its values, and for the work.
+struct TransformerMemorySizes {
+  int64_t keys = 0, values = 0, workspace = 0;
 };
 
 // What a step finds in its rows of scores while they are in cache: the logarithm of the sum of
@@ -175,7 +181,7 @@ struct RecurrentStep {
 struct Kernels {
   // Row 0 of `scans`, as a step would fill it in; any number may be kept.
   void (*scan_row)(const float* row, int64_t size, const RowScans& scans);
-  int64_t (*transformer_memory_workspace)(const TransformerMemory&);
+  TransformerMemorySizes (*transformer_memory_sizes)(const TransformerMemory&);
   void (*transformer_memory)(const TransformerMemory&);
   int64_t (*transformer_workspace)(const TransformerStep&);
   void (*transformer_step)(const TransformerStep&);

@@ -39,29 +39,28 @@ struct Largest {
   }
 };
 
-// The sum is kept in units of e^top, top the largest number so far.
+// Each lane has a sum of its own, in units of e^top, top the largest number that it saw.
 struct RowScan {
   Largest largest;
-  float top = kMinusInfinity;
-  float sum = 0.0f;
+  Float tops = set1(kMinusInfinity);
+  Float sums = zero();
 
   // The next numbers of the row: n of them, the first at place `first`, or each at its of `places`.
   void take(const float* piece, int64_t n, int64_t first, const int32_t* places = nullptr) {
     const int64_t whole = n / kLanes * kLanes;
-    Float tops = set1(kMinusInfinity);
+    alignas(64) float rest[kLanes];
+    std::fill_n(rest, kLanes, kMinusInfinity);
+    std::copy(piece + whole, piece + n, rest);
     // With the variable first NaN is passed over; the sum below finds it.
-    for (int64_t i = 0; i < whole; i += kLanes) tops = max(load(piece + i), tops);
-    float high = reduce_max(tops);
-    for (int64_t i = whole; i < n; ++i) high = piece[i] > high ? piece[i] : high;
-    raise(high);
-    const float shift = top == kMinusInfinity ? 0.0f : top;  // +infinity makes the sum NaN
-    Float sums = zero();
+    Float high = max(load(rest), set1(kMinusInfinity));
+    for (int64_t i = 0; i < whole; i += kLanes) high = max(load(piece + i), high);
+    raise(max(tops, high));
+    const Float shift = shift_of(tops);
     for (int64_t i = 0; i < whole; i += kLanes) {
-      sums = add(sums, exp(sub(load(piece + i), set1(shift))));
+      sums = add(sums, exp(sub(load(piece + i), shift)));
     }
-    sum += reduce_add(sums);
-    for (int64_t i = whole; i < n; ++i) sum += std::exp(piece[i] - shift);
-    if (!(high > largest.least())) return;
+    if (whole < n) sums = add(sums, exp(sub(load(rest), shift)));
+    if (!any_not_le(high, set1(largest.least()))) return;
     if (places) {
       find(piece, n, whole, [&](int64_t i) { return places[i]; });
     } else {
@@ -71,23 +70,30 @@ struct RowScan {
 
   // What was found in later numbers of the same row.
   void join(const RowScan& later) {
-    raise(later.top);
-    sum += later.top == top ? later.sum : later.sum * std::exp(later.top - top);
+    raise(max(tops, later.tops));
+    sums = fma(later.sums, exp(sub(later.tops, shift_of(tops))), sums);
     for (int64_t i = 0; i < later.largest.count; ++i) {
       largest.take(later.largest.numbers[i], later.largest.places[i]);
     }
   }
 
   void put(int64_t row, const RowScans& to) const {
+    const float top = reduce_max(tops);
+    const float sum = reduce_add(mul(sums, exp(sub(tops, shift_of(set1(top))))));
     to.log_sums[row] = top == kMinusInfinity && !std::isnan(sum) ? 0.0f : top + std::log(sum);
     to.counts[row] = static_cast<int32_t>(largest.count);
   }
 
  private:
-  void raise(float high) {
-    if (!(high > top)) return;
-    if (top != kMinusInfinity) sum *= std::exp(top - high);
-    top = high;
+  // What numbers are reduced by: the difference of two -infinities would be NaN. That of two
+  // +infinities is, and so the sum.
+  static Float shift_of(Float tops) {
+    return max(tops, set1(std::numeric_limits<float>::lowest()));
+  }
+
+  void raise(Float high) {
+    sums = mul(sums, exp(sub(tops, shift_of(high))));
+    tops = high;
   }
 
   template <class PlaceOf>

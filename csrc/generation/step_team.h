@@ -155,11 +155,10 @@ class StepTeam {
           const int64_t column = panel * kPanel + v * kLanes;
           const int lanes = lanes_left(column, p.N);
           const Float bias = p.bias ? load(p.bias + column) : zero();
+          const Float scale = format == Format::kInt8 ? load(weight.scale + column) : zero();
           for (int64_t r = first; r < end; ++r) {
             Float y = load(tile + (r - first) * kPanel + v * kLanes);
-            if constexpr (format == Format::kInt8) {
-              y = mul(y, mul(load(weight.scale + column), set1(x.scales[r])));
-            }
+            if constexpr (format == Format::kInt8) y = mul(y, mul(scale, set1(x.scales[r])));
             put(r, column, add(y, bias), lanes);
           }
         }

@@ -36,31 +36,34 @@ void TransformerDecoder::begin(const float* memory, int64_t B, int64_t S, const 
   step_.position = limit;
   grow(work_, kernels(chosen_isa()).transformer_workspace(step_));
   step_.workspace = work_.data();
-  project_memory(memory, B * S, threads);
+  project_memory(memory, B, S, threads);
 }
 
 // Keys and values of the memory, once for all steps.
-void TransformerDecoder::project_memory(const float* memory, int64_t rows, int threads) {
+void TransformerDecoder::project_memory(const float* memory, int64_t B, int64_t S, int threads) {
   if (model_->memory.empty()) return;
   TransformerMemory m;
   m.projections = model_->memory.data();
-  m.count = static_cast<int64_t>(model_->memory.size());
-  m.width = step_.heads * step_.head_size;
+  m.layers = step_.layer_count;
+  m.heads = step_.heads;
+  m.head_size = step_.head_size;
   m.memory = memory;
-  m.rows = rows;
+  m.B = B;
+  m.S = S;
   m.size = model_->memory[0].K;
   m.format = step_.format;
-  m.threads = m.count * rows * m.width * m.size > kTeamProducts ? threads : 1;
-  const int64_t part = rows * m.width * kept_bytes();
-  grow(memory_, std::max<int64_t>(64, part * m.count));
-  m.to = memory_.data();
+  m.threads = 2 * m.layers * B * S * m.heads * m.head_size * m.size > kTeamProducts ? threads : 1;
   const Kernels& own = kernels(chosen_isa());
-  grow(memory_work_, own.transformer_memory_workspace(m));
+  const TransformerMemorySizes sizes = own.transformer_memory_sizes(m);
+  const int64_t part = sizes.keys + sizes.values;
+  grow(memory_, std::max<int64_t>(64, part * m.layers));
+  m.to = memory_.data();
+  grow(memory_work_, sizes.workspace);
   m.workspace = memory_work_.data();
   own.transformer_memory(m);
   for (size_t l = 0; l < layers_.size(); ++l) {
-    layers_[l].memory_keys = memory_.data() + static_cast<int64_t>(2 * l) * part;
-    layers_[l].memory_values = layers_[l].memory_keys + part;
+    layers_[l].memory_keys = memory_.data() + static_cast<int64_t>(l) * part;
+    layers_[l].memory_values = layers_[l].memory_keys + sizes.keys;
   }
 }
 

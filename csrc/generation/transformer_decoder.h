@@ -38,7 +38,7 @@ class TransformerDecoder : public Decoder {
   void restrict(std::shared_ptr<const Shortlist> shortlist);
 
  private:
-  void project_memory(const float* memory, int64_t rows, int threads);
+  void project_memory(const float* memory, int64_t B, int64_t S, int threads);
   int64_t kept_bytes() const { return element_bytes(kept_format(step_.format)); }
 
   const std::shared_ptr<const TransformerModel> model_;

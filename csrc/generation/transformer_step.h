@@ -5,7 +5,7 @@
 // them; a row finds its own through `ancestors`, so that reordering beams moves none of them.
 #pragma once
 
-#include "generation/step_team.h"
+#include "generation/transformer_memory.h"
 
 namespace encdec::generation {
 namespace ENCDEC_ISA_NAMESPACE {
@@ -35,11 +35,10 @@ inline TransformerPlaces transformer_places(const TransformerStep& s) {
   p.scales = all.take(s.rows * 4);
   p.scans = all.take(s.threads * score_bytes(s.rows));
   p.member = all.end();
-  const int64_t keys = round_up(std::max(s.position + 1, s.S), kTile);
-  const int64_t rows = round_up(s.rows, attention::ENCDEC_ISA_NAMESPACE::kTileQueries);
+  const int64_t keys = std::max(round_up(s.position + 1, kTile), panels_of(s.S) * kPanel);
   p.score_stride = row_floats(keys);
-  p.query = member.take(rows * row_floats(s.head_size) * 4);
-  p.scores = member.take(rows * p.score_stride * 4);
+  p.query = member.take(s.rows * row_floats(s.head_size) * 4);
+  p.scores = member.take(s.rows * p.score_stride * 4);
   p.keys = member.take(round_up(s.position + 1, kTile) * 8);
   p.values = member.take(round_up(s.position + 1, kTile) * 8);
   p.groups = member.take((s.rows + 1) * 4);
@@ -185,11 +184,17 @@ class TransformerRun {
     team_.multiply(w.self_value, staged_, s_.rows, put(1));
   }
 
-  // Row r's query of a head, scaled, with zeros up to whole vectors.
+  // Row r's query of a head, scaled, with zeros up to whole vectors: as floats, or staged.
+  ENCDEC_INLINE Float query_vector(int64_t r, int64_t head, int64_t c) const {
+    const Float q = load_lanes(q_.at(r) + head * s_.head_size + c, lanes_left(c, s_.head_size));
+    return mul(q, set1(s_.attention_scale));
+  }
   void copy_query(int64_t r, int64_t head, float* to) const {
+    for (int64_t c = 0; c < s_.head_size; c += kLanes) store(to + c, query_vector(r, head, c));
+  }
+  void stage_query(int64_t r, int64_t head, char* to) const {
     for (int64_t c = 0; c < s_.head_size; c += kLanes) {
-      const Float q = load_lanes(q_.at(r) + head * s_.head_size + c, lanes_left(c, s_.head_size));
-      store(to + c, mul(q, set1(s_.attention_scale)));
+      stage_vector<kKept>(staged_at<kKept>(to, c), query_vector(r, head, c));
     }
   }
 
@@ -281,43 +286,38 @@ class TransformerRun {
       if (weights) std::memset(weights + first * s_.S, 0, static_cast<size_t>(rows * s_.S * 4));
       const int64_t head = u % heads, end = weights ? s_.heads : head + 1;
       for (int64_t h = head; h < end; ++h) {
-        if (whole_heads_) {
-          attend_group<true>(w, first, rows, h, weights);
-        } else {
-          attend_group<false>(w, first, rows, h, weights);
-        }
+        attend_group(w, first, rows, h, weights);
       }
     });
   }
 
-  template <bool whole_head>
   void attend_group(const TransformerLayer& w, int64_t first, int64_t rows, int64_t head,
                     float* weights) const {
-    using attention::ENCDEC_ISA_NAMESPACE::kTileQueries;
     const int64_t sentence = s_.sentences[first], size = s_.head_size;
-    const int64_t n = s_.memory_lengths[sentence], row_bytes = width_ * kKeptBytes;
-    const int64_t at = sentence * s_.S * row_bytes + head * size * kKeptBytes;
+    const int64_t n = s_.memory_lengths[sentence], which = sentence * s_.heads + head;
     if (n == 0) {  // nothing to attend to
       for (int64_t r = first; r < first + rows; ++r) {
         std::memset(a_.at(r) + head * size, 0, static_cast<size_t>(size * 4));
       }
       return;
     }
-    const char* const keys = w.memory_keys + at;
-    float* const query = own<float>(places_.query);
+    PackedView keys;
+    keys.data = w.memory_keys + which * head_keys_bytes(kKept, size, s_.S);
+    keys.groups = round_up(size, group_size(kKept)) / group_size(kKept);
+    keys.panel_bytes = packed_panel_bytes(kKept, size, kVectors);
+    char* const query = own<char>(places_.query);
     float* const scores = own<float>(places_.scores);
-    const int64_t stride = row_floats(size), whole = round_up(size, kLanes);
-    for (int64_t r = 0; r < rows; ++r) copy_query(first + r, head, query + r * stride);
-    for (int64_t r = rows; r < round_up(rows, kTileQueries); ++r) {
-      std::memset(query + r * stride, 0, static_cast<size_t>(whole * 4));
+    const int64_t stride = staged_row_bytes(kKept, size);
+    for (int64_t r = 0; r < rows; ++r) stage_query(first + r, head, query + r * stride);
+    const RowTiles tiles(rows, tile_rows(kKept, kVectors));
+    for (int64_t p = 0; p < panels_of(n); ++p) {
+      for (int64_t i = 0; i < tiles.count; ++i) {
+        const int64_t row = tiles.begin(i);
+        multiply_rows<kKept, kVectors>(
+            static_cast<int>(tiles.begin(i + 1) - row), keys, p, {query + row * stride, stride},
+            scores + row * places_.score_stride + p * kPanel, places_.score_stride);
+      }
     }
-    all_sums(
-        query, stride, rows, n, whole, scores, places_.score_stride,
-        [&](int64_t j, int64_t a) __attribute__((always_inline)) {
-          return head_vector<whole_head>(keys + std::min(j, n - 1) * row_bytes, a);
-        },
-        [](Float sum, Float q, Float k, int64_t a)
-            __attribute__((always_inline)) { return dot(sum, q, k, a); });
     for (int64_t r = 0; r < rows; ++r) {
       float* const row = scores + r * places_.score_stride;
       softmax_row(row, n, 1.0f);
@@ -325,7 +325,9 @@ class TransformerRun {
       float* const to = weights + (first + r) * s_.S;
       for (int64_t t = 0; t < n; ++t) to[t] += row[t] / static_cast<float>(s_.heads);
     }
-    weigh<kKept>(rows, scores, places_.score_stride, 1, n, w.memory_values + at, row_bytes, size,
+    const int64_t value_bytes = size * kKeptBytes;
+    weigh<kKept>(rows, scores, places_.score_stride, 1, n,
+                 w.memory_values + which * s_.S * value_bytes, value_bytes, size,
                  [&](int64_t r, int64_t c, Float sum, int lanes) {
                    store_lanes(a_.at(first + r) + head * size + c, sum, lanes);
                  });

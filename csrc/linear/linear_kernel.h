@@ -176,11 +176,10 @@ class LinearRun {
     const int lanes = lanes_left(column, call_.N);
     const int64_t at = column * esize_;
     const Float bias = call_.bias ? load_as(call_.dtype, call_.bias + at, lanes) : zero();
+    const Float scale = format == Format::kInt8 ? load(weight_.scale + column) : zero();
     for (int64_t r = row; r < row + n; ++r, tile += kPanel) {
       Float x = load(tile);
-      if constexpr (format == Format::kInt8) {
-        x = mul(x, mul(load(weight_.scale + column), set1(scales()[r])));
-      }
+      if constexpr (format == Format::kInt8) x = mul(x, mul(scale, set1(scales()[r])));
       x = activated(call_.activation, add(x, bias));
       if (call_.residual) {
         const char* from = call_.residual + (first + r) * call_.residual_stride + at;
