@@ -22,10 +22,10 @@ namespace ENCDEC_ISA_NAMESPACE {
 
 struct ScaledExpm1 {
   Float expm1_r;  // expm1 of the reduced argument
-  Float scale;    // 2^n
+  Float n;        // integral
 };
 
-// x in [-87.3, 89]; the scale is infinite from 88.4 on.
+// x in [-87.3, 89].
 ENCDEC_INLINE ScaledExpm1 reduce_exp(Float x) {
   const Float n = round(mul(x, set1(1.44269504088896341f)));
   // ln 2 in two pieces: the first has few enough bits that its product with n is exact.
@@ -36,18 +36,19 @@ ENCDEC_INLINE ScaledExpm1 reduce_exp(Float x) {
   q = fma(q, r, set1(4.166720071e-2f));
   q = fma(q, r, set1(1.666654342e-1f));
   q = fma(q, r, set1(4.999999815e-1f));
-  return {fma(mul(r, r), q, r), exp2_integral(n)};
+  return {fma(mul(r, r), q, r), n};
 }
 
 ENCDEC_INLINE Float exp(Float x) {
   const ScaledExpm1 e = reduce_exp(max(set1(-87.3f), min(set1(89.0f), x)));
-  return mul(e.scale, add(set1(1.0f), e.expm1_r));
+  return times_exp2(add(set1(1.0f), e.expm1_r), e.n);
 }
 
 // x in [-20, 20].
 ENCDEC_INLINE Float expm1_small(Float x) {
   const ScaledExpm1 e = reduce_exp(x);
-  return fma(e.scale, e.expm1_r, sub(e.scale, set1(1.0f)));
+  const Float scale = times_exp2(set1(1.0f), e.n);
+  return fma(scale, e.expm1_r, sub(scale, set1(1.0f)));
 }
 
 ENCDEC_INLINE Float sigmoid(Float x) {

@@ -93,9 +93,8 @@ ENCDEC_INLINE Half to_product_bf16(Float v) {
 template <Format format>
 ENCDEC_INLINE void stage_vector(char* p, Float v, float inverse = 1.0f) {
   if constexpr (format == Format::kInt8) {
-    // With the constant second, NaN becomes a number: the row's scale speaks for it.
-    const Float q = max(min(mul(v, set1(inverse)), set1(127.0f)), set1(-127.0f));
-    store_u8(reinterpret_cast<uint8_t*>(p), iadd(to_int(q), iset1(128)));
+    // |v| * inverse is 127 at most. NaN becomes any number: the row's scale speaks for it.
+    store_u8(reinterpret_cast<uint8_t*>(p), iadd(to_int(mul(v, set1(inverse))), iset1(128)));
   } else if constexpr (format == Format::kBfloat16) {
     store_half(p, to_product_bf16(v));
   } else {
@@ -117,14 +116,14 @@ inline float stage_row(const char* src, Format dtype, int64_t k, char* dst) {
   }
   float scale = 1.0f, inverse = 1.0f;
   if constexpr (format == Format::kInt8) {
-    Float largest = zero();
-    bool bad = false;
+    // Magnitudes are in the order of their bits, infinity and NaN behind all others.
+    Int largest = izero();
     for (int64_t i = 0; i < k; i += kLanes) {
-      const Float v = abs(load_as(dtype, src + i * bytes, lanes_left(i, k)));
-      bad = bad || any_not_le(v, set1(std::numeric_limits<float>::max()));
-      largest = max(largest, v);
+      largest = imax(largest, bits(abs(load_as(dtype, src + i * bytes, lanes_left(i, k)))));
     }
-    const float m = reduce_max(largest);
+    const Float top = from_bits(largest);
+    const bool bad = any_not_le(top, set1(std::numeric_limits<float>::max()));
+    const float m = reduce_max(top);
     scale = bad ? std::numeric_limits<float>::quiet_NaN() : m / 127.0f;
     inverse = bad || m < 1e-30f ? 0.0f : 127.0f / m;
   }

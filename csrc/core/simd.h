@@ -51,8 +51,8 @@ ENCDEC_INLINE Float reciprocal(Float a) {
 ENCDEC_INLINE Float round(Float a) {
   return _mm512_roundscale_ps(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
 }
-// 2^n for integral n in [-126, 127].
-ENCDEC_INLINE Float exp2_integral(Float n) { return _mm512_scalef_ps(_mm512_set1_ps(1.0f), n); }
+// v 2^n for integral n in [-126, 128] and v in [0.7, 1.5]. 2^128 may be infinite by itself.
+ENCDEC_INLINE Float times_exp2(Float v, Float n) { return _mm512_scalef_ps(v, n); }
 ENCDEC_INLINE Float to_float(Int v) { return _mm512_cvtepi32_ps(v); }
 ENCDEC_INLINE Int to_int(Float v) { return _mm512_cvtps_epi32(v); }
 ENCDEC_INLINE Int bits(Float v) { return _mm512_castps_si512(v); }
@@ -64,6 +64,7 @@ ENCDEC_INLINE void istore(void* p, Int v) { _mm512_storeu_si512(p, v); }
 ENCDEC_INLINE Int iadd(Int a, Int b) { return _mm512_add_epi32(a, b); }
 ENCDEC_INLINE Int ixor(Int a, Int b) { return _mm512_xor_si512(a, b); }
 ENCDEC_INLINE Int iand(Int a, Int b) { return _mm512_and_si512(a, b); }
+ENCDEC_INLINE Int imax(Int a, Int b) { return _mm512_max_epi32(a, b); }
 template <int n>
 ENCDEC_INLINE Int shift_left(Int v) {
   return _mm512_slli_epi32(v, n);
@@ -95,9 +96,9 @@ ENCDEC_INLINE Float where_at_least(Int numbers, uint32_t least, Float v) {
 }
 ENCDEC_INLINE float reduce_max(Float v) { return _mm512_reduce_max_ps(v); }
 ENCDEC_INLINE float reduce_add(Float v) { return _mm512_reduce_add_ps(v); }
-// Any lane where the comparison a <= b is false, NaN included.
-ENCDEC_INLINE bool any_not_le(Float a, Float b) {
-  return _mm512_cmp_ps_mask(a, b, _CMP_NLE_UQ) != 0;
+// Bit i: the comparison a <= b is false in lane i, NaN included.
+ENCDEC_INLINE uint32_t lanes_not_le(Float a, Float b) {
+  return _mm512_cmp_ps_mask(a, b, _CMP_NLE_UQ);
 }
 // v where a > 0, else 0.
 ENCDEC_INLINE Float where_positive(Float a, Float v) {
@@ -228,6 +229,7 @@ ENCDEC_INLINE void istore(void* p, Int v) { _mm256_storeu_si256(static_cast<__m2
 ENCDEC_INLINE Int iadd(Int a, Int b) { return _mm256_add_epi32(a, b); }
 ENCDEC_INLINE Int ixor(Int a, Int b) { return _mm256_xor_si256(a, b); }
 ENCDEC_INLINE Int iand(Int a, Int b) { return _mm256_and_si256(a, b); }
+ENCDEC_INLINE Int imax(Int a, Int b) { return _mm256_max_epi32(a, b); }
 template <int n>
 ENCDEC_INLINE Int shift_left(Int v) {
   return _mm256_slli_epi32(v, n);
@@ -252,8 +254,8 @@ ENCDEC_INLINE Float where_at_least(Int numbers, uint32_t least, Float v) {
   const Int larger = _mm256_max_epu32(numbers, iset1(static_cast<int32_t>(least)));
   return _mm256_and_ps(from_bits(_mm256_cmpeq_epi32(larger, numbers)), v);
 }
-ENCDEC_INLINE Float exp2_integral(Float n) {
-  return from_bits(_mm256_slli_epi32(_mm256_add_epi32(to_int(n), iset1(127)), 23));
+ENCDEC_INLINE Float times_exp2(Float v, Float n) {
+  return mul(v, from_bits(_mm256_slli_epi32(_mm256_add_epi32(to_int(n), iset1(127)), 23)));
 }
 ENCDEC_INLINE float reduce_max(Float v) {
   __m128 m = _mm_max_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
@@ -265,8 +267,8 @@ ENCDEC_INLINE float reduce_add(Float v) {
   m = _mm_add_ps(m, _mm_movehl_ps(m, m));
   return _mm_cvtss_f32(_mm_add_ss(m, _mm_shuffle_ps(m, m, 1)));
 }
-ENCDEC_INLINE bool any_not_le(Float a, Float b) {
-  return _mm256_movemask_ps(_mm256_cmp_ps(a, b, _CMP_NLE_UQ)) != 0;
+ENCDEC_INLINE uint32_t lanes_not_le(Float a, Float b) {
+  return static_cast<uint32_t>(_mm256_movemask_ps(_mm256_cmp_ps(a, b, _CMP_NLE_UQ)));
 }
 ENCDEC_INLINE Float where_positive(Float a, Float v) {
   return _mm256_and_ps(_mm256_cmp_ps(a, zero(), _CMP_GT_OQ), v);
@@ -349,6 +351,8 @@ ENCDEC_INLINE void store_u8(uint8_t* p, Int v) {
 #else
 #error "no vector implementation for this instruction set"
 #endif
+
+ENCDEC_INLINE bool any_not_le(Float a, Float b) { return lanes_not_le(a, b) != 0; }
 
 // The first n lanes of memory, zeros behind them; nothing past p + n is touched.
 ENCDEC_INLINE Float load_partial(const float* p, int n) {

@@ -56,10 +56,9 @@ struct RowScan {
     for (int64_t i = 0; i < whole; i += kLanes) high = max(load(piece + i), high);
     raise(max(tops, high));
     const Float shift = shift_of(tops);
-    for (int64_t i = 0; i < whole; i += kLanes) {
-      sums = add(sums, exp(sub(load(piece + i), shift)));
-    }
-    if (whole < n) sums = add(sums, exp(sub(load(rest), shift)));
+    Float sum = whole < n ? exp(sub(load(rest), shift)) : zero();  // not in memory meanwhile
+    for (int64_t i = 0; i < whole; i += kLanes) sum = add(sum, exp(sub(load(piece + i), shift)));
+    sums = add(sums, sum);
     if (!any_not_le(high, set1(largest.least()))) return;
     if (places) {
       find(piece, n, whole, [&](int64_t i) { return places[i]; });
@@ -99,8 +98,11 @@ struct RowScan {
   template <class PlaceOf>
   void find(const float* piece, int64_t n, int64_t whole, const PlaceOf& place_of) {
     for (int64_t i = 0; i < whole; i += kLanes) {
-      if (!any_not_le(load(piece + i), set1(largest.least()))) continue;
-      for (int64_t l = i; l < i + kLanes; ++l) largest.take(piece[l], place_of(l));
+      uint32_t larger = lanes_not_le(load(piece + i), set1(largest.least()));
+      for (; larger != 0; larger &= larger - 1) {
+        const int64_t at = i + __builtin_ctz(larger);
+        largest.take(piece[at], place_of(at));
+      }
     }
     for (int64_t i = whole; i < n; ++i) largest.take(piece[i], place_of(i));
   }

@@ -15,6 +15,7 @@ using namespace encdec::ENCDEC_ISA_NAMESPACE;
 using attention::ENCDEC_ISA_NAMESPACE::all_sums;
 using attention::ENCDEC_ISA_NAMESPACE::softmax_row;
 using attention::ENCDEC_ISA_NAMESPACE::weigh;
+using linear::Activation;
 using linear::Norm;
 using linear::ENCDEC_ISA_NAMESPACE::activated;
 using linear::ENCDEC_ISA_NAMESPACE::row_norm;
@@ -114,7 +115,7 @@ class StepTeam {
       const int32_t* const few_end = to.few_tokens + to.few_count;
       const int32_t* const few = std::lower_bound(to.few_tokens, few_end, column);
       multiply(p, x, rows, first, end,
-               [&](int64_t r, int64_t c, Float y, int lanes) __attribute__((always_inline)) {
+               [=](int64_t r, int64_t c, Float y, int lanes) __attribute__((always_inline)) {
                  store_lanes(block + r * stride + c - column, y, lanes);
                });
       for (int64_t r = 0; r < rows; ++r) {
@@ -156,9 +157,10 @@ class StepTeam {
           const int lanes = lanes_left(column, p.N);
           const Float bias = p.bias ? load(p.bias + column) : zero();
           const Float scale = format == Format::kInt8 ? load(weight.scale + column) : zero();
+          const float* const scales = x.scales;
           for (int64_t r = first; r < end; ++r) {
             Float y = load(tile + (r - first) * kPanel + v * kLanes);
-            if constexpr (format == Format::kInt8) y = mul(y, mul(scale, set1(x.scales[r])));
+            if constexpr (format == Format::kInt8) y = mul(y, mul(scale, set1(scales[r])));
             put(r, column, add(y, bias), lanes);
           }
         }

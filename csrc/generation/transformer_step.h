@@ -1,8 +1,10 @@
 // One step of a Transformer decoder, from tokens to scores: the whole stack inside one team.
 //
 // Members own columns of products, then rows (norms, staging), then heads of rows (attention), with
-// a barrier between. Keys and values of earlier positions stay where the step that made them wrote
-// them; a row finds its own through `ancestors`, so that reordering beams moves none of them.
+// a barrier between. What stores a product's results has its pointers by value: a store might
+// change others, for all that the compiler knows. Keys and values of earlier positions stay where
+// the step that made them wrote them; a row finds its own through `ancestors`, so that reordering
+// beams moves none of them.
 #pragma once
 
 #include "generation/transformer_memory.h"
@@ -119,8 +121,8 @@ class TransformerRun {
     add_product(w.self_out, a_, width_);
     between(w.self_norm, w.cross_norm);
     team_.multiply(w.cross_query, staged_, s_.rows,
-                   [&](int64_t r, int64_t c, Float y, int lanes)
-                       __attribute__((always_inline)) { store_lanes(q_.at(r) + c, y, lanes); });
+                   [q = q_](int64_t r, int64_t c, Float y, int lanes)
+                       __attribute__((always_inline)) { store_lanes(q.at(r) + c, y, lanes); });
     team_.wait();
     attend_memory(w, l + 1 == s_.layer_count);
     add_product(w.cross_out, a_, width_);
@@ -159,10 +161,11 @@ class TransformerRun {
     team_.each(s_.rows, [&](int64_t r) { team_.stage(from.at(r), size, staged_, r); });
     team_.wait();
     team_.multiply(p, staged_, s_.rows,
-                   [&](int64_t r, int64_t c, Float y, int lanes) __attribute__((always_inline)) {
-                     float* const x = x_.at(r) + c;
-                     store_lanes(x, add(load(x), y), lanes);
-                   });
+                   [rows = x_](int64_t r, int64_t c, Float y, int lanes)
+                       __attribute__((always_inline)) {
+                         float* const x = rows.at(r) + c;
+                         store_lanes(x, add(load(x), y), lanes);
+                       });
     team_.wait();
   }
 
@@ -172,14 +175,15 @@ class TransformerRun {
 
   void project_self(const TransformerLayer& w, int64_t l) const {
     const auto put = [&](int part) {
-      return [this, l, part](int64_t r, int64_t c, Float y, int lanes)
+      char* const to = cached(s_.position, l, part, 0);
+      return [to, row_bytes = width_ * kKeptBytes](int64_t r, int64_t c, Float y, int lanes)
                  __attribute__((always_inline)) {
-                   store_as(kKept, cached(s_.position, l, part, r) + c * kKeptBytes, y, lanes);
+                   store_as(kKept, to + r * row_bytes + c * kKeptBytes, y, lanes);
                  };
     };
     team_.multiply(w.self_query, staged_, s_.rows,
-                   [&](int64_t r, int64_t c, Float y, int lanes)
-                       __attribute__((always_inline)) { store_lanes(q_.at(r) + c, y, lanes); });
+                   [q = q_](int64_t r, int64_t c, Float y, int lanes)
+                       __attribute__((always_inline)) { store_lanes(q.at(r) + c, y, lanes); });
     team_.multiply(w.self_key, staged_, s_.rows, put(0));
     team_.multiply(w.self_value, staged_, s_.rows, put(1));
   }
@@ -208,14 +212,20 @@ class TransformerRun {
 
   template <bool whole>
   void attend_self(int64_t l, int64_t r, int64_t head) const {
-    const int64_t n = s_.position + 1, size = s_.head_size;
+    const int64_t n = s_.position + 1, size = s_.head_size, head_bytes = size * kKeptBytes;
     const char** const keys = own<const char*>(places_.keys);
     const char** const values = own<const char*>(places_.values);
     const int32_t* const ancestors = s_.ancestors + r * s_.ancestor_stride;
     for (int64_t t = 0; t < n; ++t) {
       const int64_t row = t == s_.position ? r : ancestors[t];
-      keys[t] = cached(t, l, 0, row) + head * size * kKeptBytes;
-      values[t] = cached(t, l, 1, row) + head * size * kKeptBytes;
+      keys[t] = cached(t, l, 0, row) + head * head_bytes;
+      values[t] = cached(t, l, 1, row) + head * head_bytes;
+      if (head + 1 == s_.heads) continue;
+      // The next head's, too short a piece of each row for the hardware to foresee.
+      for (int64_t i = head_bytes; i < 2 * head_bytes; i += 64) {
+        _mm_prefetch(keys[t] + i, _MM_HINT_T0);
+        _mm_prefetch(values[t] + i, _MM_HINT_T0);
+      }
     }
     for (int64_t t = n; t < round_up(n, kTile); ++t) keys[t] = keys[0];
     float* const query = own<float>(places_.query);
@@ -335,18 +345,21 @@ class TransformerRun {
 
   void feed_forward(const TransformerLayer& w) const {
     const bool gated = w.gate.N > 0;
+    const Activation activation = s_.activation;
     if (gated) {
       team_.multiply(w.gate, staged_, s_.rows,
-                     [&](int64_t r, int64_t c, Float y, int lanes) __attribute__((always_inline)) {
-                       store_lanes(f_.at(r) + c, activated(s_.activation, y), lanes);
-                     });
+                     [f = f_, activation](int64_t r, int64_t c, Float y, int lanes)
+                         __attribute__((always_inline)) {
+                           store_lanes(f.at(r) + c, activated(activation, y), lanes);
+                         });
     }
     team_.multiply(w.up, staged_, s_.rows,
-                   [&](int64_t r, int64_t c, Float y, int lanes) __attribute__((always_inline)) {
-                     float* const to = f_.at(r) + c;
-                     const Float z = gated ? mul(load(to), y) : activated(s_.activation, y);
-                     store_lanes(to, z, lanes);
-                   });
+                   [f = f_, activation, gated](int64_t r, int64_t c, Float y, int lanes)
+                       __attribute__((always_inline)) {
+                         float* const to = f.at(r) + c;
+                         const Float z = gated ? mul(load(to), y) : activated(activation, y);
+                         store_lanes(to, z, lanes);
+                       });
   }
 
   const TransformerStep& s_;

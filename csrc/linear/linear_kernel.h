@@ -171,24 +171,35 @@ class LinearRun {
     }
   }
 
-  // What follows the product, for n rows and one vector of columns.
+  // What follows the product, for n rows and one vector of columns. What a row needs is read once:
+  // a store might change it, for all that the compiler knows.
   ENCDEC_INLINE void finish(int64_t first, int64_t row, int n, int64_t column, const float* tile) {
     const int lanes = lanes_left(column, call_.N);
     const int64_t at = column * esize_;
     const Float bias = call_.bias ? load_as(call_.dtype, call_.bias + at, lanes) : zero();
     const Float scale = format == Format::kInt8 ? load(weight_.scale + column) : zero();
+    const float* const row_scales = scales();
+    const Activation activation = call_.activation;
+    const Format dtype = call_.dtype;
+    const bool normed = call_.norm != Norm::kNone;
+    const int64_t from_stride = call_.residual_stride, to_stride = call_.output_stride;
+    const char* from = call_.residual ? call_.residual + (first + row) * from_stride + at : nullptr;
+    char* to = call_.output + (first + row) * to_stride + at;
+    float* result = normed ? results(row) + column : nullptr;
     for (int64_t r = row; r < row + n; ++r, tile += kPanel) {
       Float x = load(tile);
-      if constexpr (format == Format::kInt8) x = mul(x, mul(scale, set1(scales()[r])));
-      x = activated(call_.activation, add(x, bias));
-      if (call_.residual) {
-        const char* from = call_.residual + (first + r) * call_.residual_stride + at;
-        x = add(x, load_as(call_.dtype, from, lanes));
+      if constexpr (format == Format::kInt8) x = mul(x, mul(scale, set1(row_scales[r])));
+      x = activated(activation, add(x, bias));
+      if (from) {
+        x = add(x, load_as(dtype, from, lanes));
+        from += from_stride;
       }
-      if (call_.norm != Norm::kNone) {
-        store(results(r) + column, x);
+      if (normed) {
+        store(result, x);
+        result += places_.stride;
       } else {
-        store_as(call_.dtype, call_.output + (first + r) * call_.output_stride + at, x, lanes);
+        store_as(dtype, to, x, lanes);
+        to += to_stride;
       }
     }
   }
