@@ -15,8 +15,8 @@ namespace ENCDEC_ISA_NAMESPACE {
 struct TransformerPlaces {
   int64_t x, q, a, f;  // rows of floats: the stream, queries, attention's results, feed-forward
   int64_t staged, scales, scans;
-  int64_t member;  // of each: a query's heads, scores, pointers to keys and values, groups
-  int64_t query, scores, keys, values, groups, member_bytes;
+  int64_t member;  // of each: a query's heads, scores, pointers to keys, groups
+  int64_t query, scores, keys, groups, member_bytes;
   int64_t staged_stride, score_stride;
   int64_t bytes;
 };
@@ -42,7 +42,6 @@ inline TransformerPlaces transformer_places(const TransformerStep& s) {
   p.query = member.take(s.rows * row_floats(s.head_size) * 4);
   p.scores = member.take(s.rows * p.score_stride * 4);
   p.keys = member.take(round_up(s.position + 1, kTile) * 8);
-  p.values = member.take(round_up(s.position + 1, kTile) * 8);
   p.groups = member.take((s.rows + 1) * 4);
   p.member_bytes = member.end();
   p.bytes = p.member + s.threads * p.member_bytes;
@@ -111,11 +110,15 @@ class TransformerRun {
     before(w.self_norm);
     project_self(w, l);
     team_.wait();
+    int64_t found = -1;
     team_.each(s_.rows * s_.heads, [&](int64_t u) {
+      const int64_t r = u / s_.heads;
+      if (r != found) find_keys(l, r);
+      found = r;
       if (whole_heads_) {
-        attend_self<true>(l, u / s_.heads, u % s_.heads);
+        attend_self<true>(r, u % s_.heads);
       } else {
-        attend_self<false>(l, u / s_.heads, u % s_.heads);
+        attend_self<false>(r, u % s_.heads);
       }
     });
     add_product(w.self_out, a_, width_);
@@ -210,31 +213,36 @@ class TransformerRun {
 
   static ENCDEC_INLINE Float dot(Float sum, Float q, Float k, int64_t) { return fma(q, k, sum); }
 
-  template <bool whole>
-  void attend_self(int64_t l, int64_t r, int64_t head) const {
-    const int64_t n = s_.position + 1, size = s_.head_size, head_bytes = size * kKeptBytes;
+  // Where row r's keys of a layer lie, and as far behind them its values.
+  void find_keys(int64_t l, int64_t r) const {
+    const int64_t n = s_.position + 1;
     const char** const keys = own<const char*>(places_.keys);
-    const char** const values = own<const char*>(places_.values);
     const int32_t* const ancestors = s_.ancestors + r * s_.ancestor_stride;
-    for (int64_t t = 0; t < n; ++t) {
-      const int64_t row = t == s_.position ? r : ancestors[t];
-      keys[t] = cached(t, l, 0, row) + head * head_bytes;
-      values[t] = cached(t, l, 1, row) + head * head_bytes;
-      if (head + 1 == s_.heads) continue;
-      // The next head's, too short a piece of each row for the hardware to foresee.
-      for (int64_t i = head_bytes; i < 2 * head_bytes; i += 64) {
-        _mm_prefetch(keys[t] + i, _MM_HINT_T0);
-        _mm_prefetch(values[t] + i, _MM_HINT_T0);
+    for (int64_t t = 0; t < n; ++t) keys[t] = cached(t, l, 0, t + 1 == n ? r : ancestors[t]);
+    for (int64_t t = n; t < round_up(n, kTile); ++t) keys[t] = keys[0];
+  }
+  int64_t to_values() const { return s_.cache_rows * width_ * kKeptBytes; }
+
+  template <bool whole>
+  void attend_self(int64_t r, int64_t head) const {
+    const int64_t n = s_.position + 1, size = s_.head_size, at = head * size * kKeptBytes;
+    const char* const* const keys = own<const char*>(places_.keys);
+    if (head + 1 < s_.heads) {  // too short a piece of each row for the hardware to foresee
+      for (int64_t t = 0; t < n; ++t) {
+        const char* const next = keys[t] + at + size * kKeptBytes;
+        for (int64_t i = 0; i < size * kKeptBytes; i += 64) {
+          _mm_prefetch(next + i, _MM_HINT_T0);
+          _mm_prefetch(next + to_values() + i, _MM_HINT_T0);
+        }
       }
     }
-    for (int64_t t = n; t < round_up(n, kTile); ++t) keys[t] = keys[0];
     float* const query = own<float>(places_.query);
     float* const scores = own<float>(places_.scores);
     copy_query(r, head, query);
     all_sums(
         query, 0, 1, n, round_up(size, kLanes), scores, 0,
         [&](int64_t j, int64_t a)
-            __attribute__((always_inline)) { return head_vector<whole>(keys[j], a); },
+            __attribute__((always_inline)) { return head_vector<whole>(keys[j] + at, a); },
         [](Float sum, Float q, Float k, int64_t a)
             __attribute__((always_inline)) { return dot(sum, q, k, a); });
     if (s_.position_bias) {
@@ -244,22 +252,24 @@ class TransformerRun {
     softmax_row(scores, n, 1.0f);
     float* const to = a_.at(r) + head * size;
     int64_t c = 0;
-    for (; whole && c + 4 * kLanes <= size; c += 4 * kLanes) sum_values<4, whole>(n, c, to);
-    for (; c < size; c += kLanes) sum_values<1, whole>(n, c, to);
+    for (; whole && c + 4 * kLanes <= size; c += 4 * kLanes)
+      sum_values<4, whole>(n, at + to_values(), c, to);
+    for (; c < size; c += kLanes) sum_values<1, whole>(n, at + to_values(), c, to);
   }
 
-  // NV vectors of the sum of the values with the weights in `scores`, from column c on.
+  // NV vectors of the sum of a head's values, which begin `from` bytes behind a row's keys, with
+  // the weights in `scores`: from column c on.
   template <int NV, bool whole>
-  void sum_values(int64_t n, int64_t c, float* to) const {
+  void sum_values(int64_t n, int64_t from, int64_t c, float* to) const {
     const float* const scores = own<float>(places_.scores);
-    const char* const* const values = own<const char*>(places_.values);
+    const char* const* const keys = own<const char*>(places_.keys);
     Float sums[2][NV];  // two runs hide the latency of the multiply-add
     for (int v = 0; v < NV; ++v) sums[0][v] = sums[1][v] = zero();
     const auto add_one = [&](int64_t t, int run) __attribute__((always_inline)) {
       const Float weight = set1(scores[t]);
 #pragma GCC unroll 4
       for (int v = 0; v < NV; ++v) {
-        const Float x = head_vector<whole>(values[t], c + v * kLanes);
+        const Float x = head_vector<whole>(keys[t] + from, c + v * kLanes);
         sums[run][v] = fma(weight, x, sums[run][v]);
       }
     };
