@@ -142,6 +142,18 @@ def equal(one: Any, other: Any) -> bool:
     )
 
 
+def test_a_cache_of_the_caller() -> None:
+    """What it holds was read before: only transformers' own method goes on from there."""
+    model, tiny = fresh("bart"), models.build("bart")
+    integration.optimize(model)
+    empty = transformers.EncoderDecoderCache(
+        transformers.DynamicCache(), transformers.DynamicCache()
+    )
+    for name in ("cache", "past_key_values"):
+        told = encdec_fast.explain(model.generate, **tiny.inputs, **{name: empty})
+        assert told.backend == "torch" and f"the argument {name}" in str(told)
+
+
 @pytest.mark.parametrize("name", FOREIGN)
 def test_as_before(name: str, caplog: pytest.LogCaptureFixture) -> None:
     given, reason = case_of(name, "bart")

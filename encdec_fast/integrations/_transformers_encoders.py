@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from encdec_fast.backends import Description
 from encdec_fast.integrations._transformers_decoders import ACTIVATIONS
+from encdec_fast.integrations._transformers_requests import is_given
 from encdec_fast.nn import LayerNorm, Linear
 from encdec_fast.nn._transformer import BACKENDS, ModuleCall, part_of, plain, product, why_torch
 from encdec_fast.ops._call import State, needs_gradient
@@ -75,8 +76,9 @@ class _Fused:
         own = parts.get("self_attn")
         if module.training:
             return "it is in training mode"
-        asked = [name for name, value in kwargs.items() if value is not None and value is not False]
-        if asked and asked != ["use_cache"]:  # which an encoder is given, and nobody reads
+        # An encoder is given use_cache too, and nobody reads it.
+        asked = [n for n, value in kwargs.items() if n != "use_cache" and is_given(value)]
+        if asked:
             return f"the arguments {', '.join(asked)}"
         if torch.compiler.is_compiling():
             return "torch.compile fuses by itself"
