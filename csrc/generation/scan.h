@@ -48,11 +48,14 @@ struct RowScan {
   // The next numbers of the row: n of them, the first at place `first`, or each at its of `places`.
   void take(const float* piece, int64_t n, int64_t first, const int32_t* places = nullptr) {
     const int64_t whole = n / kLanes * kLanes;
-    alignas(64) float rest[kLanes];
-    std::fill_n(rest, kLanes, kMinusInfinity);
-    std::copy(piece + whole, piece + n, rest);
+    alignas(64) float rest[kLanes];  // what is left of a row that does not end with a vector
+    Float high = set1(kMinusInfinity);
     // With the variable first NaN is passed over; the sum below finds it.
-    Float high = max(load(rest), set1(kMinusInfinity));
+    if (whole < n) {
+      std::fill_n(rest, kLanes, kMinusInfinity);
+      std::copy(piece + whole, piece + n, rest);
+      high = max(load(rest), high);
+    }
     for (int64_t i = 0; i < whole; i += kLanes) high = max(load(piece + i), high);
     raise(max(tops, high));
     const Float shift = shift_of(tops);
