@@ -205,7 +205,10 @@ def test_gradients(kind: str, masks: str, options: str, train: bool) -> None:
             list(torch.autograd.grad((output * ramp).sum(), [*leaves, *module.parameters()]))
         )
     assert_as_good(*outputs, 2.0)
-    assert_as_good(*found, 3.0)
+    # Of a norm's weight the gradient is a sum over rows that cancels: its largest error is torch's
+    # times anything, in its favour or against it, and only the mean compares.
+    assert_as_good(*found, 3.0, mean=True)
+    assert_as_good(*found, 3.0, relative=2e-6)
 
 
 @ALL_KINDS

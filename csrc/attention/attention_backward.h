@@ -133,7 +133,7 @@ class AttentionBackwardRun : private Scores {
   // The rows of a tile, which belong to one head.
   void run(const QueryTile& t) {
     const int64_t n = keys_seen(t);
-    const int64_t h = head_of(t, 0), first = query_of(t, 0);
+    const auto [h, first] = row_at(t, 0);
     for (int64_t r = 0; r < t.rows; ++r) {
       stage_row<format>(row_of(call_.query, t, r), call_.dtype, call_.D,
                         own_ + places_.q + r * places_.q_row);
@@ -141,7 +141,8 @@ class AttentionBackwardRun : private Scores {
     keys_.multiply_into({own_ + places_.q, places_.q_row}, t.rows, call_.D, n, weights(0),
                         places_.scores_row / 4);
     for (int64_t r = 0; r < t.rows; ++r) {
-      scale_row(weights(r), round_up(n, kPanel), soften(t, r, weights(r), n), weights(r));
+      const float factor = soften(t, row_at(t, r), weights(r), n, InPlace{weights(r)});
+      scale_row(weights(r), round_up(n, kPanel), factor, weights(r));
     }
     if (backward_.grad_output.data) {
       grad_packed_.pack_as_rows(backward_.grad_output.at(t.b, h, first), call_.dtype,
@@ -186,7 +187,7 @@ class AttentionBackwardRun : private Scores {
     if (!drops()) return weights(0);
     for (int64_t r = 0; r < t.rows; ++r) {
       scale_row(weights(r), round_up(n, kPanel), 1.0f, grads(r));
-      drop(t, r, grads(r), n);
+      drop(t, row_at(t, r), grads(r), n);
     }
     return grads(0);
   }
@@ -194,8 +195,9 @@ class AttentionBackwardRun : private Scores {
   // A row of dO V' becomes dE.
   void through_softmax(const QueryTile& t, int64_t r, int64_t n) const {
     float *const row = grads(r), *const weight = weights(r);
+    const QueryRow at = row_at(t, r);
     if (backward_.grad_weights) {
-      const float* const given = backward_.grad_weights + weights_row(t, r);
+      const float* const given = backward_.grad_weights + weights_row(t, at);
       const Float by = set1(call_.average ? 1.0f / static_cast<float>(call_.H) : 1.0f);
       for (int64_t s = 0; s < n; s += kLanes) {
         const char* from = reinterpret_cast<const char*>(given + s);
@@ -203,7 +205,7 @@ class AttentionBackwardRun : private Scores {
         store(row + s, fma(by, own, load(row + s)));
       }
     }
-    if (drops()) drop(t, r, row, n);
+    if (drops()) drop(t, at, row, n);
     const int64_t whole = round_up(n, kPanel);
     Float sum = zero();
     for (int64_t s = 0; s < n; s += kLanes) sum = fma(load(weight + s), load(row + s), sum);
@@ -211,12 +213,12 @@ class AttentionBackwardRun : private Scores {
     for (int64_t s = 0; s < whole; s += kLanes) {
       store(row + s, mul(load(weight + s), sub(load(row + s), mean)));
     }
-    if (bias_) add_to_bias(t, r, row, n);
+    if (bias_) add_to_bias(t.b, at, row, n);
   }
 
-  void add_to_bias(const QueryTile& t, int64_t r, const float* row, int64_t n) const {
-    float* const to = bias_ + t.b * backward_.bias_batch + head_of(t, r) * backward_.bias_head +
-                      query_of(t, r) * backward_.bias_row;
+  void add_to_bias(int64_t b, QueryRow at, const float* row, int64_t n) const {
+    float* const to = bias_ + b * backward_.bias_batch + at.head * backward_.bias_head +
+                      at.query * backward_.bias_row;
     if (backward_.bias_key == 1) {
       for (int64_t s = 0; s < n; ++s) to[s] += row[s];
     } else {

@@ -20,6 +20,7 @@ struct AttentionPlaces {
   // and without packing some keys as floats.
   int64_t q, scores, p, keys;
   int64_t inverse;                   // float: one over each row's sum
+  int64_t output;                    // char*: each row's place in the output
   int64_t q_row, scores_row, p_row;  // bytes
   int64_t bytes;
 };
@@ -40,6 +41,7 @@ inline AttentionPlaces attention_places(const Attention& f) {
   p.scores = member.take(rows * p.scores_row);
   p.p = member.take(f.packed && kStaged<format> ? rows * p.p_row : 0);
   p.inverse = member.take(rows * 4);
+  p.output = member.take(rows * static_cast<int64_t>(sizeof(char*)));
   p.keys = member.take(f.packed ? 0 : kLanes * p.q_row);
   p.member_bytes = member.end();
   p.bytes = p.member + f.threads * p.member_bytes;
@@ -84,13 +86,19 @@ class AttentionRun : private Scores {
     }
     keys(slot).multiply_into({own_ + places_.q, places_.q_row}, t.rows, call_.D, n, scores(0),
                              places_.scores_row / 4);
-    for (int64_t r = 0; r < t.rows; ++r) finish_row(t, r, n);
     RowsView weights{reinterpret_cast<const char*>(scores(0)), places_.scores_row};
-    if constexpr (kStaged<format>) {
-      weights = {own_ + places_.p, places_.p_row};
-      for (int64_t r = 0; r < t.rows; ++r) {
-        stage_row<format>(reinterpret_cast<const char*>(scores(r)), Format::kFloat32, n,
-                          own_ + places_.p + r * places_.p_row);
+    if constexpr (kStaged<format>) weights = {own_ + places_.p, places_.p_row};
+    for (int64_t r = 0; r < t.rows; ++r) {
+      char* const staged = own_ + places_.p + r * places_.p_row;
+      if (kStaged<format> && !drops() && !call_.weights) {
+        finish_row(t, r, n, [&](int64_t s, Float e) __attribute__((always_inline)) {
+          stage_vector<format>(staged_at<format>(staged, s), e);
+        });
+      } else {
+        finish_row(t, r, n, InPlace{scores(r)});
+        if (kStaged<format>) {
+          stage_row<format>(reinterpret_cast<const char*>(scores(r)), Format::kFloat32, n, staged);
+        }
       }
     }
     values(slot).multiply(
@@ -99,7 +107,7 @@ class AttentionRun : private Scores {
             for (int v = 0; v < kVectors; ++v) {
               const int64_t column = p * kPanel + v * kLanes;
               if (column >= call_.V) break;
-              put(t, r, column, load(tile + v * kLanes), lanes_left(column, call_.V));
+              put(r, column, load(tile + v * kLanes), lanes_left(column, call_.V));
             }
           }
         });
@@ -137,12 +145,12 @@ class AttentionRun : private Scores {
       }
       sums(FloatKeys{k, stride});
     }
-    for (int64_t r = 0; r < t.rows; ++r) finish_row(t, r, n);
+    for (int64_t r = 0; r < t.rows; ++r) finish_row(t, r, n, InPlace{scores(r)});
     const auto run = [&](auto constant) {
       weigh<decltype(constant)::value>(
           t.rows, scores(0), places_.scores_row / 4, 1, n, call_.value.at(t.b, t.g, 0),
           call_.value.row_stride, call_.V,
-          [&](int64_t r, int64_t column, Float sum, int lanes) { put(t, r, column, sum, lanes); });
+          [&](int64_t r, int64_t column, Float sum, int lanes) { put(r, column, sum, lanes); });
     };
     with_dtype(call_.dtype, run);
   }
@@ -151,23 +159,25 @@ class AttentionRun : private Scores {
     return reinterpret_cast<float*>(own_ + places_.scores + row * places_.scores_row);
   }
   float* inverse() const { return reinterpret_cast<float*>(own_ + places_.inverse); }
+  char** output() const { return reinterpret_cast<char**>(own_ + places_.output); }
 
-  void put(const QueryTile& t, int64_t r, int64_t column, Float sum, int lanes) const {
-    store_as(call_.dtype, call_.output.at(t.b, head_of(t, r), query_of(t, r)) + column * esize_,
-             mul(sum, set1(inverse()[r])), lanes);
+  void put(int64_t r, int64_t column, Float sum, int lanes) const {
+    store_as(call_.dtype, output()[r] + column * esize_, mul(sum, set1(inverse()[r])), lanes);
   }
 
   // Scores become weights but for a factor, which inverse() receives; the weights are shown.
-  void finish_row(const QueryTile& t, int64_t r, int64_t n) const {
+  template <class Put>
+  void finish_row(const QueryTile& t, int64_t r, int64_t n, const Put& weights) const {
+    const QueryRow at = row_at(t, r);
     float* const row = scores(r);
-    inverse()[r] = soften(t, r, row, n);
-    if (drops()) drop(t, r, row, n);
-    if (call_.weights) show(row, n, inverse()[r], t, r);
+    output()[r] = call_.output.at(t.b, at.head, at.query);
+    inverse()[r] = soften(t, at, row, n, weights);
+    if (drops()) drop(t, at, row, n);
+    if (call_.weights) show(row, n, inverse()[r], at, call_.weights + weights_row(t, at));
   }
 
-  void show(const float* row, int64_t n, float factor, const QueryTile& t, int64_t r) const {
-    float* const to = call_.weights + weights_row(t, r);
-    if (!call_.average || head_of(t, r) == 0) {
+  void show(const float* row, int64_t n, float factor, QueryRow at, float* to) const {
+    if (!call_.average || at.head == 0) {
       const float by = call_.average ? factor / static_cast<float>(call_.H) : factor;
       const int64_t vectors = n / kLanes * kLanes;
       scale_row(row, vectors, by, to);

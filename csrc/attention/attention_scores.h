@@ -111,11 +111,19 @@ struct QueryTile {
   int64_t queries;      // of the sentence
 };
 
+// A row of a tile among all heads and queries.
+struct QueryRow {
+  int64_t head, query;
+};
+
 // From a tile's scores to its weights.
 class Scores {
  public:
   explicit Scores(const Attention& call)
-      : call_(call), esize_(element_bytes(call.dtype)), dropout_{call.seed, 0, 0.0f} {
+      : call_(call),
+        esize_(element_bytes(call.dtype)),
+        group_(call.H / call.G),
+        dropout_{call.seed, 0, 0.0f} {
     if (call.dropout > 0.0) {
       const bool all = call.dropout >= 1.0;
       dropout_.least = all ? 0xffffffffu : static_cast<uint32_t>(call.dropout * 4294967296.0);
@@ -123,12 +131,14 @@ class Scores {
     }
   }
 
-  int64_t head_of(const QueryTile& t, int64_t r) const {
-    return t.g * (call_.H / call_.G) + (t.first + r) / t.queries;
+  QueryRow row_at(const QueryTile& t, int64_t r) const {
+    const int64_t i = t.first + r, head = t.g * group_;
+    if (i < t.queries) return {head, i};  // no division: rows of few numbers would feel it
+    return {head + i / t.queries, i % t.queries};
   }
-  int64_t query_of(const QueryTile& t, int64_t r) const { return (t.first + r) % t.queries; }
   const char* row_of(const Heads& x, const QueryTile& t, int64_t r) const {
-    return x.at(t.b, head_of(t, r), query_of(t, r));
+    const QueryRow at = row_at(t, r);
+    return x.at(t.b, at.head, at.query);
   }
 
   // The keys that some query of the tile sees.
@@ -137,35 +147,35 @@ class Scores {
     if (!call_.causal) return n;
     int64_t last = 0;
     for (int64_t r = 0; r < t.rows; ++r) {
-      const int64_t own = query_of(t, r) + 1;
+      const int64_t own = row_at(t, r).query + 1;
       last = own > last ? own : last;
     }
     return last < n ? last : n;
   }
 
   // A row of n scores becomes weights but for a factor, which is returned: scale, bias, masks,
-  // softmax. Zeros follow up to whole panels. A row without any key has zeros.
-  float soften(const QueryTile& t, int64_t r, float* row, int64_t n) const {
-    const int64_t query = query_of(t, r);
-    const int64_t own = call_.causal && query + 1 < n ? query + 1 : n;
+  // softmax. put(s, e) receives them a vector at a time, zeros behind them up to whole panels. A
+  // row without any key has zeros.
+  template <class Put>
+  float soften(const QueryTile& t, QueryRow at, float* row, int64_t n, const Put& put) const {
+    const int64_t own = call_.causal && at.query + 1 < n ? at.query + 1 : n;
     const bool adjusted = call_.bias.data || call_.mask.data;
-    const bool any = own > 0 && (!adjusted || adjust(row, t.b, head_of(t, r), query, own));
-    const float sum = any ? exp_row(row, own, adjusted ? 1.0f : call_.scale) : 0.0f;
-    const int64_t kept = any ? own : 0;
-    std::memset(row + kept, 0, static_cast<size_t>((round_up(n, kPanel) - kept) * 4));
+    const bool any = own > 0 && (!adjusted || adjust(row, t.b, at.head, at.query, own));
+    const float sum = any ? exp_row(row, own, adjusted ? 1.0f : call_.scale, put) : 0.0f;
+    const int64_t whole = round_up(n, kPanel);
+    for (int64_t s = any ? round_up(own, kLanes) : 0; s < whole; s += kLanes) put(s, zero());
     return sum == 0.0f ? 0.0f : 1.0f / sum;
   }
 
   bool drops() const { return dropout_.least > 0; }
-  void drop(const QueryTile& t, int64_t r, float* row, int64_t n) const {
-    drop_row(dropout_, (t.b * call_.H + head_of(t, r)) * call_.Tq + query_of(t, r), row, n);
+  void drop(const QueryTile& t, QueryRow at, float* row, int64_t n) const {
+    drop_row(dropout_, (t.b * call_.H + at.head) * call_.Tq + at.query, row, n);
   }
 
   // Where the weights of a row lie that are shown, or their gradient.
-  int64_t weights_row(const QueryTile& t, int64_t r) const {
-    const int64_t query = query_of(t, r);
-    if (call_.average) return (t.b * call_.Tq + query) * call_.S;
-    return ((t.b * call_.H + head_of(t, r)) * call_.Tq + query) * call_.S;
+  int64_t weights_row(const QueryTile& t, QueryRow at) const {
+    if (call_.average) return (t.b * call_.Tq + at.query) * call_.S;
+    return ((t.b * call_.H + at.head) * call_.Tq + at.query) * call_.S;
   }
 
  private:
@@ -209,6 +219,7 @@ class Scores {
 
   const Attention& call_;
   const int esize_;
+  const int64_t group_;  // query heads that share a key head
   Dropout dropout_;
 };
 

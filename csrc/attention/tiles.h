@@ -2,6 +2,8 @@
 // row, and sums of rows with weights.
 #pragma once
 
+#include <cmath>
+
 #include "core/math.h"
 #include "core/rows.h"
 
@@ -24,6 +26,19 @@ inline void tile_sums(const float* q, int64_t q_stride, int64_t size, float* out
   Float sums[kLanes];
 #pragma GCC unroll 16
   for (int i = 0; i < kLanes; ++i) sums[i] = zero();
+  if constexpr (queries == 1) {  // key by key, in the order in which they lie
+    constexpr int kTogether = 4;
+#pragma GCC unroll 16
+    for (int j = 0; j < keys; j += kTogether) {
+      for (int64_t a = 0; a < size; a += kLanes) {
+        const Float own = load(q + a);
+#pragma GCC unroll 16
+        for (int i = j; i < j + kTogether; ++i) sums[i] = term(sums[i], own, key_at(i, a), a);
+      }
+    }
+    store(out, sums_of(sums));
+    return;
+  }
   for (int64_t a = 0; a < size; a += kLanes) {
     Float own[queries];
 #pragma GCC unroll 4
@@ -85,30 +100,47 @@ struct FloatKeys {
   ENCDEC_INLINE Float operator()(int64_t j, int64_t a) const { return load(data + j * stride + a); }
 };
 
-// row = e^(scale * row - the largest of them) over its first n > 0 numbers, zeros behind them; the
-// row has room for whole vectors. Returns their sum. NaN and +infinity make it NaN, as in torch; a
-// row of -infinity becomes zeros, and their sum 0.
-inline float exp_row(float* row, int64_t n, float scale) {
+// Exponentials to where their arguments stood.
+struct InPlace {
+  float* row;
+  ENCDEC_INLINE void operator()(int64_t s, Float e) const { store(row + s, e); }
+};
+
+// e^(scale * row - the largest of them) over the first n > 0 numbers of a row, which has room for
+// whole vectors: put(s, e) receives them a vector at a time, zeros in the lanes past n. Returns
+// their sum. NaN and +infinity make it NaN, as in torch; a row of -infinity becomes zeros, and
+// their sum 0.
+template <class Put>
+inline float exp_row(float* row, int64_t n, float scale, const Put& put) {
   const int64_t whole = round_up(n, kLanes);
   for (int64_t s = n; s < whole; ++s) row[s] = row[0];
-  const Float by = set1(scale);
-  Float largest = mul(by, load(row));
-  for (int64_t s = kLanes; s < whole; s += kLanes) largest = max(largest, mul(by, load(row + s)));
-  const Float top = set1(reduce_max(largest));
-  Float sum = zero();
-  if (reduce_max(largest) == -std::numeric_limits<float>::infinity()) {
+  // The largest product is that of the largest number, or with a negative scale of the smallest.
+  const Int sign = bits(set1(scale < 0.0f ? -0.0f : 0.0f));
+  const auto signed_at = [&](int64_t s) { return from_bits(ixor(bits(load(row + s)), sign)); };
+  Float largest = signed_at(0);
+  for (int64_t s = kLanes; s < whole; s += kLanes) largest = max(largest, signed_at(s));
+  constexpr float kInfinity = std::numeric_limits<float>::infinity();
+  const float by = std::fabs(scale) * 1.44269504088896341f;  // e^x = 2^(x log2 e)
+  const float top = reduce_max(largest) * by;
+  if (top == -kInfinity) {
     float total = 0.0f;
-    for (int64_t s = 0; s < whole; ++s) {
-      row[s] = s < n && row[s] != row[s] ? row[s] : 0.0f;
-      total += row[s];
-    }
+    for (int64_t s = 0; s < n; ++s) total += row[s] != row[s] ? row[s] : 0.0f;
+    for (int64_t s = 0; s < n; s += kLanes) put(s, first_lanes(set1(total), lanes_left(s, n)));
     return total;
   }
-  for (int64_t s = 0; s < whole; s += kLanes) {
-    const Float e = exp(sub(mul(by, load(row + s)), top));
-    const Float kept = first_lanes(e, lanes_left(s, n));
-    store(row + s, kept);
-    sum = add(sum, kept);
+  const Float shift = set1(top == kInfinity ? std::numeric_limits<float>::quiet_NaN() : -top);
+  const auto power = [&](int64_t s) { return exp2(fma(set1(by), signed_at(s), shift)); };
+  Float sum = zero();
+  int64_t s = 0;
+  for (; s + kLanes <= n; s += kLanes) {
+    const Float e = power(s);
+    put(s, e);
+    sum = add(sum, e);
+  }
+  if (s < n) {
+    const Float e = first_lanes(power(s), lanes_left(s, n));
+    put(s, e);
+    sum = add(sum, e);
   }
   return reduce_add(sum);
 }
@@ -120,7 +152,8 @@ inline void scale_row(const float* row, int64_t n, float by, float* to) {
 
 // row = softmax(scale * row), as exp_row.
 inline void softmax_row(float* row, int64_t n, float scale) {
-  scale_row(row, n, 1.0f / exp_row(row, n, scale), row);
+  const float sum = exp_row(row, n, scale, InPlace{row});
+  scale_row(row, n, 1.0f / sum, row);
 }
 
 // Row r's sum over i < count of weight(r, i) times row i of x: columns [column, column + lanes),

@@ -51,7 +51,9 @@ ENCDEC_INLINE Float reciprocal(Float a) {
 ENCDEC_INLINE Float round(Float a) {
   return _mm512_roundscale_ps(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
 }
-// v 2^n for integral n in [-126, 128] and v in [0.7, 1.5]. 2^128 may be infinite by itself.
+// v 2^n for integral n in [-126, 128] and v in [0.7, 1.5]. 2^128 may be infinite by itself. With
+// kZeroExponent it is 0.
+constexpr float kZeroExponent = -151.0f;
 ENCDEC_INLINE Float times_exp2(Float v, Float n) { return _mm512_scalef_ps(v, n); }
 ENCDEC_INLINE Float to_float(Int v) { return _mm512_cvtepi32_ps(v); }
 ENCDEC_INLINE Int to_int(Float v) { return _mm512_cvtps_epi32(v); }
@@ -254,6 +256,7 @@ ENCDEC_INLINE Float where_at_least(Int numbers, uint32_t least, Float v) {
   const Int larger = _mm256_max_epu32(numbers, iset1(static_cast<int32_t>(least)));
   return _mm256_and_ps(from_bits(_mm256_cmpeq_epi32(larger, numbers)), v);
 }
+constexpr float kZeroExponent = -127.0f;
 ENCDEC_INLINE Float times_exp2(Float v, Float n) {
   return mul(v, from_bits(_mm256_slli_epi32(_mm256_add_epi32(to_int(n), iset1(127)), 23)));
 }

@@ -185,7 +185,7 @@ class TensorOp:
         """Run a call: on its backend where nothing watches, else through the generic op."""
         watched = call.context in GRAPHS
         if not watched and (not call.training or call.context):
-            plain = call._replace(training=False)
+            plain = call._replace(training=False) if call.training else call
             results = select(self.backends, plain).run(plain, *tensors)
         else:
             op = getattr(torch.ops.encdec_fast, self.name + ("_train" if call.training else ""))

@@ -406,10 +406,10 @@ def attention(
         need_weights=need_weights,
         average_weights=average_weights,
     )
-    plain = call._replace(training=False)
-    if call.training and not call.context and select(BACKENDS, plain).name == "torch":
-        # With dropout torch runs plain operations, which autograd knows by itself.
-        return _torch(call, *tensors)[0] if dropout_p > 0 else _Recorded.apply(call, *tensors)
+    if call.training and not call.context:
+        if select(BACKENDS, call._replace(training=False)).name == "torch":
+            # With dropout torch runs plain operations, which autograd knows by itself.
+            return _torch(call, *tensors)[0] if dropout_p > 0 else _Recorded.apply(call, *tensors)
     flags = (causal, call.scale, call.dropout_p, call.average_weights, need_weights)
     output, weights = OP.emit(call, tensors, flags)
     return (output, weights) if need_weights else output

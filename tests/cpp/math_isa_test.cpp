@@ -66,6 +66,10 @@ void run_tests() {
           -87.3f, 88.3f, [](Float x) { return exp(x); }, [](double x) { return std::exp(x); })
           .error,
       0, 2);
+  CHECK_NEAR(worst_ulps(
+                 -126, 127, [](Float x) { return exp2(x); }, [](double x) { return std::exp2(x); })
+                 .error,
+             0, 2);
   CHECK_NEAR(
       worst_ulps(
           -20, 20, [](Float x) { return expm1_small(x); }, [](double x) { return std::expm1(x); })
@@ -117,6 +121,10 @@ void run_tests() {
   CHECK(std::isnan(one(sigmoid_tanh(set1(nan), set1(1.0f)))));
   CHECK(std::isnan(one(sigmoid_tanh(set1(-inf), set1(nan)))));
   CHECK(std::isnan(one(exp(set1(nan)))));
+  CHECK_EQ(one(exp2(set1(-inf))), 0.0f);
+  CHECK_EQ(one(exp2(set1(-152.0f))), 0.0f);
+  CHECK(one(exp2(set1(-127.3f))) < 1.2e-38f);
+  CHECK(std::isnan(one(exp2(set1(nan)))));
   CHECK(std::isnan(one(sigmoid(set1(nan)))));
   CHECK(std::isnan(one(tanh(set1(nan)))));
 
