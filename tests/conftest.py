@@ -9,7 +9,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from encdec_fast.backends import library
+from encdec_fast.backends import library, use_backend
 
 # Triton's kernels run in its interpreter, on tensors of the CPU; Triton reads this when imported.
 if not torch.cuda.is_available():
@@ -27,6 +27,24 @@ def backend(request: pytest.FixtureRequest) -> str:
     name: str = request.param
     if name == "cpu":
         skip_without_native()
+    return name
+
+
+@pytest.fixture(params=["cpu", "triton"])
+def kernels(request: pytest.FixtureRequest) -> Iterator[str]:
+    """This package's own kernels, for ops that have both: the whole test runs on them."""
+    name: str = request.param
+    request.getfixturevalue({"cpu": "native", "triton": "interpreter"}[name])
+    with use_backend(name):
+        yield name
+
+
+@pytest.fixture(params=["cpu", "triton", "torch", "reference"])
+def any_backend(request: pytest.FixtureRequest) -> str:
+    """Every backend of an op that has all of them."""
+    name: str = request.param
+    if name in ("cpu", "triton"):
+        request.getfixturevalue({"cpu": "native", "triton": "interpreter"}[name])
     return name
 
 

@@ -39,12 +39,12 @@ def detached(given: dict[str, Any], dtype: torch.dtype) -> dict[str, Any]:
 @ALL_SHAPES
 @pytest.mark.parametrize("masks", MASKS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_gradients(shape: Any, masks: str, dtype: torch.dtype, backend: str) -> None:
+def test_gradients(shape: Any, masks: str, dtype: torch.dtype, any_backend: str) -> None:
     given = make(shape, masks, dtype)
     seeds = [torch.randn(*shape[:2], shape[3], shape[6])]
     ours, theirs, truth = (detached(given, t) for t in (dtype, dtype, torch.float64))
     leaves_of(ours), leaves_of(theirs), leaves_of(truth)
-    with two_threads(), use_backend(backend):
+    with two_threads(), use_backend(any_backend):
         poison()
         found = gradients([attention(**ours)], ours, seeds)
     assert_as_good(
@@ -52,9 +52,9 @@ def test_gradients(shape: Any, masks: str, dtype: torch.dtype, backend: str) -> 
         gradients(reference(**theirs)[:1], theirs, seeds),
         gradients(reference(**truth)[:1], truth, seeds),
         3.0,
-        # Where one key counts its gradient is 0, and torch's kernel has on some processors what
-        # rounding leaves of a sum of D terms less the same sum.
-        relative=1e-6 if (backend, masks, dtype) == ("torch", "causal", torch.float32) else 0.0,
+        # Where one key counts its gradient is 0, and these two have what rounding leaves of a sum
+        # of D terms less the same sum in another order; torch's kernel on some processors only.
+        relative=1e-6 if any_backend in ("torch", "triton") and dtype == torch.float32 else 0.0,
     )
 
 
@@ -64,7 +64,7 @@ def test_gradients(shape: Any, masks: str, dtype: torch.dtype, backend: str) -> 
 @pytest.mark.parametrize("average", [False, True])
 @pytest.mark.parametrize("dropout_p", [0.0, 0.4])
 def test_gradients_through_the_weights(
-    name: str, masks: str, dtype: torch.dtype, average: bool, dropout_p: float, native: None
+    name: str, masks: str, dtype: torch.dtype, average: bool, dropout_p: float, kernels: str
 ) -> None:
     """Weights that are used further, and dropout, whose seed the reference is given too."""
     shape = SHAPES[name]
@@ -80,7 +80,7 @@ def test_gradients_through_the_weights(
     ours, theirs, truth = (detached(given, t) for t in (dtype, dtype, torch.float64))
     leaves_of(ours), leaves_of(theirs), leaves_of(truth)
     torch.manual_seed(5)
-    with two_threads(), use_backend("cpu"):
+    with two_threads():
         poison()
         results = attention(**ours, **options, need_weights=True, average_weights=average)
     seeds = [torch.randn(result.shape) for result in results]
@@ -97,7 +97,7 @@ def test_gradients_through_the_weights(
 @pytest.mark.parametrize(
     "sizes", [(3, 4, 9, 20), (1, 4, 9, 20), (3, 1, 9, 20), (1, 1, 9, 1), (3, 4, 1, 20), (1,)]
 )
-def test_gradient_of_a_broadcast_bias(sizes: tuple[int, ...], native: None) -> None:
+def test_gradient_of_a_broadcast_bias(sizes: tuple[int, ...], kernels: str) -> None:
     given: dict[str, Any] = make((3, 4, 2, 9, 20, 8, 8), "lengths", torch.float32)
     given["bias"] = torch.randn(sizes)
     truth = detached(given, torch.float64)
@@ -128,7 +128,7 @@ def test_known_answers_of_philox() -> None:
 
 @pytest.mark.parametrize("p", [0.0, 0.1, 0.5, 0.9, 1.0])
 @pytest.mark.parametrize("S", [1, 40, 200])
-def test_dropout(p: float, S: int, native: None) -> None:
+def test_dropout(p: float, S: int, kernels: str) -> None:
     """The reference drops the same weights for the same seed, and as many as asked for."""
     given = make((2, 4, 2, 30, S, 16, 16), "lengths", torch.float32)
     torch.manual_seed(3)
@@ -176,7 +176,7 @@ def test_gradcheck(need_weights: bool, dropout_p: float, masks: str) -> None:
 
 
 @pytest.mark.parametrize("dropout_p", [0.0, 0.3])
-def test_double_backward(dropout_p: float, native: None) -> None:
+def test_double_backward(dropout_p: float, kernels: str) -> None:
     given = make(SHAPES["shared keys"], "everything", torch.float32)
     leaves_of(given)
     seed = torch.tensor(0)
@@ -259,15 +259,16 @@ def test_the_same_bits_on_any_number_of_threads(native: None) -> None:
     "shape", [(0, 2, 2, 3, 4, 5, 6), (2, 2, 2, 0, 4, 5, 6), (2, 2, 2, 3, 0, 5, 6)], ids=str
 )
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
-def test_nothing_there(shape: Any, dtype: torch.dtype, native: None) -> None:
+def test_nothing_there(shape: Any, dtype: torch.dtype, kernels: str) -> None:
     given = make(shape, "none", dtype)
     given["bias"] = torch.randn(shape[3], shape[4]).to(dtype)
     leaves_of(given)
-    found = torch.autograd.grad(attention(**given).sum(), leaves_of(given))
+    with use_backend(None if dtype == torch.float64 else kernels):
+        found = torch.autograd.grad(attention(**given).sum(), leaves_of(given))
     assert all(not grad.any() for grad in found)
 
 
-def test_minus_infinity_and_aliases(native: None) -> None:
+def test_minus_infinity_and_aliases(kernels: str) -> None:
     x = torch.randn(2, 3, 9, 16, requires_grad=True)
     bias = torch.zeros(9, 9)
     bias[3], bias[4, 2:] = -torch.inf, -torch.inf

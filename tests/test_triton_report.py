@@ -14,7 +14,7 @@ from conftest import skip_without_triton
 
 CAPABILITIES = ("8.0", "9.0", "10.0", "12.0")
 DTYPES = ("fp32", "bf16", "fp16")
-FAMILIES = {"additive_attention", "gated_bridge", "linear"}
+FAMILIES = {"additive_attention", "attention", "attention_backward", "gated_bridge", "linear"}
 
 
 def report(arguments: Sequence[str], cache: Path) -> subprocess.CompletedProcess[str]:
@@ -31,7 +31,7 @@ def report(arguments: Sequence[str], cache: Path) -> subprocess.CompletedProcess
 def test_report(tmp_path: Path) -> None:
     """One test, so that one process compiles everything, once."""
     skip_without_triton()
-    result = report(["--json"], tmp_path)
+    result = report(["--default", "--json"], tmp_path)
     assert result.returncode in (0, 1), result.stderr
     usages: list[dict[str, Any]] = json.loads(result.stdout)
     assert not [one for one in usages if one["problem"]]
@@ -41,7 +41,7 @@ def test_report(tmp_path: Path) -> None:
     assert found == {(c, name, dtype) for c in CAPABILITIES for name in names for dtype in DTYPES}
     assert {name.split(".")[0] for name in names} == FAMILIES
 
-    result = report(["--capability", "9.0"], tmp_path)
+    result = report(["--default", "--capability", "9.0"], tmp_path)
     assert result.returncode == 0, result.stdout + result.stderr
     lines = result.stdout.splitlines()
     assert lines[0].split() == ["kernel", "for", "registers", "spills", "shared", "products"]

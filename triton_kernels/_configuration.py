@@ -15,7 +15,10 @@ class Configuration:
 
     kernel: the jitted function. types: of its arguments, as Triton writes them ("*fp32", "i32");
     constants: the values of those that are part of the code. absent: names of tensors that are not
-    there. tensor_cores: whether its products are for them.
+    there. aligned: names of numbers that are multiples of 16, as strides mostly are: then a
+    thread loads several numbers at once. stages: of the pipeline of its loop. registers:
+    that a thread may have, where it is not the compiler's choice. tensor_cores: whether its
+    products are for them. default: False for those that few calls take.
     """
 
     kernel: Any
@@ -25,6 +28,10 @@ class Configuration:
     warps: int = 4
     tensor_cores: bool = False
     absent: tuple[str, ...] = ()
+    aligned: tuple[str, ...] = ()
+    stages: int = 3
+    registers: int | None = None
+    default: bool = True
 
     @property
     def name(self) -> str:

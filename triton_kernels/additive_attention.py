@@ -24,7 +24,7 @@ import torch
 import triton
 import triton.language as tl
 from encdec_fast.triton_kernels._configuration import Configuration
-from encdec_fast.triton_kernels._tiles import dot, rows_of, tanh
+from encdec_fast.triton_kernels._tiles import dot, length_of, rows_of, tanh
 from torch import Tensor
 
 # Of the kernels that compute tanh: queries, keys and features at a time.
@@ -32,16 +32,6 @@ TANH_TILE: dict[str, Any] = {"QUERIES": 4, "KEYS": 16, "FEATURES": 32, "num_warp
 # Of those that multiply matrices; INNER: of the dimension that is summed over, where there are two.
 SQUARE: dict[str, Any] = {"ROWS": 16, "COLUMNS": 64, "num_warps": 8}
 INNER = 16
-
-
-@triton.jit
-def _length(lengths, b, S):
-    """How many keys sentence b has; lengths: None, or a pointer to numbers that nobody checked."""
-    if lengths is None:
-        n = S
-    else:
-        n = tl.minimum(tl.maximum(tl.load(lengths + b), 0), S).to(tl.int32)
-    return n
 
 
 @triton.jit
@@ -71,7 +61,7 @@ def scores_kernel(
     FEATURES: tl.constexpr,
 ):
     b = tl.program_id(2).to(tl.int64)
-    n = _length(lengths, b, S)
+    n = length_of(lengths, b, S)
     if tl.program_id(0) * KEYS >= n:
         return
     s = tl.program_id(0) * KEYS + tl.arange(0, KEYS)
@@ -102,7 +92,7 @@ def context_kernel(
     INNER: tl.constexpr,
 ):
     b = tl.program_id(2).to(tl.int64)
-    n = _length(lengths, b, S)
+    n = length_of(lengths, b, S)
     t = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
     d = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
     row = (b * T + t[:, None]) * S
@@ -154,7 +144,7 @@ def score_gradients_kernel(
 ):
     """de = w (dw - sum over s of w dw), where dw are the gradients of the weights."""
     b = tl.program_id(1).to(tl.int64)
-    n = _length(lengths, b, S)
+    n = length_of(lengths, b, S)
     t = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     row = (b * T + t[:, None]) * S
     mean = tl.zeros((ROWS,), tl.float32)
@@ -211,7 +201,7 @@ def query_gradients_kernel(
     FEATURES: tl.constexpr,
 ):
     b = tl.program_id(2).to(tl.int64)
-    n = _length(lengths, b, S)
+    n = length_of(lengths, b, S)
     t = tl.program_id(1) * QUERIES + tl.arange(0, QUERIES)
     a = tl.program_id(0) * FEATURES + tl.arange(0, FEATURES)
     of_query = tl.zeros((QUERIES, FEATURES), tl.float32)
@@ -245,7 +235,7 @@ def key_gradients_kernel(
     FEATURES: tl.constexpr,
 ):
     b = tl.program_id(2).to(tl.int64)
-    n = _length(lengths, b, S)
+    n = length_of(lengths, b, S)
     s = tl.program_id(1) * KEYS + tl.arange(0, KEYS)
     a = tl.program_id(0) * FEATURES + tl.arange(0, FEATURES)
     of_keys = tl.zeros((KEYS, FEATURES), tl.float32)
@@ -271,7 +261,7 @@ def value_gradients_kernel(
     COLUMNS: tl.constexpr,
 ):
     b = tl.program_id(2).to(tl.int64)
-    n = _length(lengths, b, S)
+    n = length_of(lengths, b, S)
     s = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     d = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
     out = tl.zeros((COLUMNS, COLUMNS), tl.float32)

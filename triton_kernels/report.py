@@ -1,7 +1,7 @@
 """Compile every kernel for GPUs that need not be there, and say what it takes of them.
 
     python -m encdec_fast.triton_kernels.report
-    python -m encdec_fast.triton_kernels.report --capability 9.0 --json
+    python -m encdec_fast.triton_kernels.report --default --capability 9.0 --json
 
 For each configuration that a launcher may choose: registers of a thread, bytes that do not fit in
 them (spills), shared memory of a program, and which instructions multiply matrices. Exit code 1 if
@@ -13,16 +13,25 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import re
+import signal
 import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import triton
-from encdec_fast.triton_kernels import additive_attention, gated_bridge, linear
+from encdec_fast.triton_kernels import (
+    additive_attention,
+    attention,
+    attention_backward,
+    gated_bridge,
+    linear,
+)
 from encdec_fast.triton_kernels._configuration import TYPES, Configuration
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
@@ -30,7 +39,7 @@ from triton.compiler import ASTSource
 # Shared memory that one program may have, in bytes (CUDA C++ Programming Guide, table "Technical
 # Specifications per Compute Capability").
 SHARED = {"8.0": 163 << 10, "9.0": 227 << 10, "10.0": 227 << 10, "12.0": 99 << 10}
-FAMILIES = (additive_attention, gated_bridge, linear)
+FAMILIES = (additive_attention, attention, attention_backward, gated_bridge, linear)
 _CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
 _PRODUCTS = ("wgmma.mma_async", "tcgen05.mma", "mma.sync")
 
@@ -76,15 +85,23 @@ def usage(family: str, configuration: Configuration, capability: str) -> Usage:
     constants = {**configuration.constants, **dict.fromkeys(configuration.absent)}
     names = kernel.arg_names
     types = {n: "constexpr" if n in constants else configuration.types[n] for n in names}
-    # Launchers see to it that tensors start at 16 bytes; sizes are whatever they are.
+    # Launchers see to it that tensors start at 16 bytes; sizes are whatever they are, unless the
+    # configuration says more.
     attributes = {
-        (i,): [["tt.divisibility", 16]] for i, n in enumerate(names) if types[n].startswith("*")
+        (i,): [["tt.divisibility", 16]]
+        for i, n in enumerate(names)
+        if types[n].startswith("*") or (n in configuration.aligned and n not in constants)
     }
     source = ASTSource(
         kernel, types, {(names.index(n),): value for n, value in constants.items()}, attributes
     )
     target = GPUTarget("cuda", int(capability.replace(".", "")), 32)
-    compiled = triton.compile(source, target=target, options={"num_warps": configuration.warps})
+    options = {
+        "num_warps": configuration.warps,
+        "num_stages": configuration.stages,
+        "maxnreg": configuration.registers,
+    }
+    compiled = triton.compile(source, target=target, options=options)
     registers, spills = _resources(compiled.asm["cubin"])
     products = [name for name in _PRODUCTS if name in compiled.asm["ptx"]]
     return Usage(
@@ -98,13 +115,33 @@ def usage(family: str, configuration: Configuration, capability: str) -> Usage:
     )
 
 
-def usages(capabilities: Sequence[str]) -> Iterator[Usage]:
-    """Every configuration of every kernel."""
-    for family in FAMILIES:
-        for dtype in TYPES:
-            for configuration in family.configurations(dtype):
-                for capability in capabilities:
-                    yield usage(family.__name__.rpartition(".")[2], configuration, capability)
+def _usage_at(place: tuple[int, str, int, str]) -> Usage:
+    """What a process of the pool is asked for: kernels themselves cannot be sent to it."""
+    family, dtype, index, capability = place
+    configuration = list(FAMILIES[family].configurations(dtype))[index]
+    return usage(FAMILIES[family].__name__.rpartition(".")[2], configuration, capability)
+
+
+def _leave_interrupts_to_the_parent() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+def usages(capabilities: Sequence[str], default: bool) -> Iterator[Usage]:
+    """Every configuration of every kernel, or the default ones, compiled by all processors."""
+    places = [
+        (family, dtype, index, capability)
+        for family in range(len(FAMILIES))
+        for dtype in TYPES
+        for index, configuration in enumerate(FAMILIES[family].configurations(dtype))
+        if configuration.default or not default
+        for capability in capabilities
+    ]
+    workers = len(os.sched_getaffinity(0))
+    pool = ProcessPoolExecutor(workers, initializer=_leave_interrupts_to_the_parent)
+    try:
+        yield from pool.map(_usage_at, places)
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -115,12 +152,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         epilog="exit codes: 0 all fit, 1 some do not, 2 wrong arguments, 130 interrupted",
     )
     parser.add_argument("--capability", nargs="+", choices=SHARED, default=list(SHARED))
+    parser.add_argument("--default", action="store_true", help="only what most calls take")
     parser.add_argument("--json", action="store_true", help="one JSON list instead of a table")
     options = parser.parse_args(arguments)
     found = []
     if not options.json:
         print(f"{'kernel':58}{'for':>6}{'registers':>11}{'spills':>8}{'shared':>9}  products")
-    for one in usages(options.capability):
+    for one in usages(options.capability, options.default):
         found.append(one)
         if not options.json:
             print(

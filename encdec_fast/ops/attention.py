@@ -41,16 +41,26 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from encdec_fast.backends import Backend, Description, explained_by, select
 from encdec_fast.ops import _attention_checks as checks
+from encdec_fast.ops import _triton
+from encdec_fast.ops._attention_torch import (
+    Recorded,
+    counts_of,
+    laid_out,
+    torch_attention,
+    why_not,
+    without_padding,
+)
 from encdec_fast.ops._call import GRAPHS, State, autocasting, context_of, needs_gradient
 from encdec_fast.ops._cpu import unfit
 from encdec_fast.ops._derivatives import recompute
 from encdec_fast.ops._dropout import drawn_seed, dropout_factors
 from encdec_fast.ops._packing import with_rows
 from encdec_fast.ops._tensor_op import TensorOp
+
+MOST_NUMBERS = 256  # of a query, key or value, that a Triton program holds
 
 _library = torch.library.Library("encdec_fast", "FRAGMENT")
 
@@ -67,35 +77,20 @@ class AttentionCall(NamedTuple):
     average_weights: bool
     need_weights: bool
     context: str  # as in ops/_call.py
+    wide: bool = False  # more than MOST_NUMBERS in a query or a value
+
+
+def _wide(query: Tensor, value: Tensor) -> bool:
+    sizes = (query.shape[3], value.shape[3])  # a tracer's symbols are no int
+    return any(isinstance(size, int) and size > MOST_NUMBERS for size in sizes)
 
 
 def _call(tensors: Sequence[Any], flags: Sequence[Any], training: bool) -> AttentionCall:
     query = tensors[0]
     causal, scale, dropout_p, average_weights, need_weights = flags
     where = (query.dtype, query.device.type, training)
-    return AttentionCall(*where, causal, scale, dropout_p, average_weights, need_weights, "")
-
-
-def _counts(query: Tensor, key: Tensor, memory_lengths: State, mask: State, causal: bool) -> State:
-    """Which keys count, broadcast to (B, H, Tq, S); None where all do."""
-    found = mask
-    if memory_lengths is not None:
-        positions = torch.arange(key.shape[2], device=key.device)
-        real = positions < memory_lengths.to(key.device)[:, None, None, None]
-        found = real if found is None else found & real
-    if causal:
-        ones = torch.ones(query.shape[2], key.shape[2], dtype=torch.bool, device=key.device)
-        found = ones.tril() if found is None else found & ones.tril()
-    return found
-
-
-def _without_padding(key: Tensor, value: Tensor, memory_lengths: State) -> tuple[Tensor, Tensor]:
-    """Zeros past each sentence's end: whatever stands there, NaN too, must reach nothing."""
-    if memory_lengths is None:
-        return key, value
-    positions = torch.arange(key.shape[2], device=key.device)
-    padding = (positions >= memory_lengths.to(key.device).unsqueeze(1))[:, None, :, None]
-    return key.masked_fill(padding, 0), value.masked_fill(padding, 0)
+    options = (causal, scale, dropout_p, average_weights, need_weights)
+    return AttentionCall(*where, *options, "", _wide(query, tensors[2]))
 
 
 def reference(
@@ -114,11 +109,11 @@ def reference(
     """(output, weights) in plain PyTorch. The truth that backends are held to."""
     scale = max(1, query.shape[-1]) ** -0.5 if scale is None else scale
     group = query.shape[1] // key.shape[1]
-    key, value = _without_padding(key, value, memory_lengths)
+    key, value = without_padding(key, value, memory_lengths)
     key, value = (t.repeat_interleave(group, dim=1) for t in (key, value))
     scores = scale * (query @ key.transpose(2, 3))
     scores = scores if bias is None else scores + bias
-    counts = _counts(query, key, memory_lengths, mask, causal)
+    counts = counts_of(query, key, memory_lengths, mask, causal)
     if counts is not None:
         scores = scores.masked_fill(~counts, -torch.inf)
     none = (scores == -torch.inf).all(-1, keepdim=True)
@@ -130,16 +125,22 @@ def reference(
     return weights @ value, weights
 
 
-def _laid_out(output: Tensor) -> Tensor:
-    """An output or a gradient in the layout of the op: heads side by side in the features."""
-    return output.transpose(1, 2).contiguous().transpose(1, 2)
-
-
 def _new_heads(like: Tensor, B: Any, H: Any, rows: Any, size: Any) -> Tensor:
     """A tensor (B, H, rows, size) in that layout, with strides of its own: no view."""
     one = torch.sym_max
     row = one(H, 1) * one(size, 1)
     return like.new_empty_strided((B, H, rows, size), (one(rows, 1) * row, one(size, 1), row, 1))
+
+
+def _results(
+    call: AttentionCall, query: Tensor, output: Tensor, weights: Tensor, log_sums: State = None
+) -> tuple[Tensor, ...]:
+    """What a backend returns; log_sums: of each row, what only Triton's backward reads."""
+    if not call.training:
+        return output, weights
+    if log_sums is None:
+        log_sums = query.new_zeros(query.shape[:3], dtype=torch.float32)
+    return output, weights, log_sums
 
 
 def _reference(call: AttentionCall, *tensors: Any) -> tuple[Tensor, ...]:
@@ -156,9 +157,10 @@ def _reference(call: AttentionCall, *tensors: Any) -> tuple[Tensor, ...]:
         dropout_p=call.dropout_p,
         seed=seed,
     )
-    if not call.need_weights:
-        return _laid_out(output), output.new_empty(0)
-    return _laid_out(output), weights.mean(1) if call.average_weights else weights.contiguous()
+    shown = output.new_empty(0)
+    if call.need_weights:
+        shown = weights.mean(1) if call.average_weights else weights.contiguous()
+    return _results(call, query, laid_out(output), shown)
 
 
 def _fake(call: AttentionCall, *tensors: Any) -> tuple[Tensor, ...]:
@@ -168,7 +170,8 @@ def _fake(call: AttentionCall, *tensors: Any) -> tuple[Tensor, ...]:
     if call.need_weights:
         S = key.shape[2]
         shape = (B, Tq, S) if call.average_weights else (B, H, Tq, S)
-    return _new_heads(query, B, H, Tq, value.shape[3]), query.new_empty(shape)
+    output = _new_heads(query, B, H, Tq, value.shape[3])
+    return _results(call, query, output, query.new_empty(shape))
 
 
 OP = TensorOp(
@@ -178,11 +181,11 @@ OP = TensorOp(
     differentiable=4,
     flags="bool causal, float scale, float dropout_p, bool average_weights, bool need_weights",
     results="Tensor output, Tensor weights",
-    saved="",
+    saved="Tensor log_sums",
     make_call=_call,
     reference=_reference,
     fake=_fake,
-    layout=_laid_out,
+    layout=laid_out,
 )
 OP.register(_library)
 
@@ -191,85 +194,15 @@ def _recompute(call: AttentionCall, grads: Any, tensors: Any, kept: Any) -> list
     return OP.recompute(call, grads, tensors)
 
 
-def _torch(
-    call: AttentionCall,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    bias: State,
-    memory_lengths: State,
-    mask: State,
-    seed: State,
-) -> tuple[Tensor, Tensor]:
-    """torch's own fused attention."""
-    key, value = _without_padding(key, value, memory_lengths)
-    # torch's kernel takes causal or a mask, not both.
-    masked = memory_lengths is not None or mask is not None or bias is not None
-    counts = _counts(query, key, memory_lengths, mask, call.causal and masked)
-    both = counts
-    if bias is not None:
-        both = bias if counts is None else bias.masked_fill(~counts, -torch.inf)
-    output = F.scaled_dot_product_attention(
-        query,
-        key,
-        value,
-        attn_mask=both,
-        dropout_p=call.dropout_p,
-        is_causal=call.causal and not masked,
-        scale=call.scale,
-        enable_gqa=query.shape[1] != key.shape[1],
-    )
-    if both is not None:  # rows without a key
-        some = (both if both.dtype == torch.bool else both != -torch.inf).any(-1, keepdim=True)
-        output = torch.where(some, output, 0)
-    return _laid_out(output), output.new_empty(0)
-
-
-def _torch_why_not(call: AttentionCall) -> list[str]:
-    reasons = ["torch's kernel does not return the weights"] if call.need_weights else []
-    if call.training and call.dropout_p > 0:
-        reasons.append("torch's kernel draws its own numbers for dropout, others in backward")
-    return reasons
+def _torch(call: AttentionCall, *tensors: Any) -> tuple[Tensor, ...]:
+    return _results(call, tensors[0], *torch_attention(call, *tensors))
 
 
 def _torch_backward(call: AttentionCall, grads: Any, tensors: Any, kept: Any) -> list[State]:
-    return recompute(lambda *own: _torch(call, *own, *tensors[4:])[:1], grads[:1], tensors[:4])
+    def run(*own: Any) -> tuple[Tensor, ...]:
+        return torch_attention(call, *own, *tensors[4:])[:1]
 
-
-class _Recorded(torch.autograd.Function):
-    """torch's kernel under autograd, whose own backward cannot be differentiated: where that is
-    asked for, the reference is.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, call: AttentionCall, *tensors: Any) -> Tensor:
-        ctx.call = call
-        ctx.save_for_backward(*tensors)
-        with torch.enable_grad():
-            ctx.own = [None if t is None else t.detach().requires_grad_() for t in tensors[:4]]
-            ctx.output, _ = _torch(call, *ctx.own, *tensors[4:])
-        output: Tensor = ctx.output.detach()
-        return output
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Any:
-        saved = ctx.saved_tensors
-        own, output = ctx.own, ctx.output
-        if torch.is_grad_enabled():
-            own = [None if t is None else t.view_as(t) for t in saved[:4]]
-            output = _reference(ctx.call, *own, *saved[4:])[0]
-        wanted = [t for t in own if t is not None]
-        found = torch.autograd.grad(
-            output,
-            wanted,
-            grad,
-            retain_graph=True,
-            create_graph=torch.is_grad_enabled(),
-            allow_unused=True,
-            materialize_grads=True,
-        )
-        grads = iter(found)
-        return None, *(None if t is None else next(grads) for t in own), None, None, None
+    return recompute(run, grads[:1], tensors[:4])
 
 
 def _cpu(
@@ -281,7 +214,7 @@ def _cpu(
     memory_lengths: State,
     mask: State,
     seed: State,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, ...]:
     output, *weights = torch.ops.encdec_fast_cpu.attention_forward.default(
         with_rows(query),
         with_rows(key),
@@ -296,7 +229,8 @@ def _cpu(
         call.average_weights,
         call.need_weights,
     )
-    return output, weights[0].to(call.dtype) if weights else output.new_empty(0)
+    shown = weights[0].to(call.dtype) if weights else output.new_empty(0)
+    return _results(call, query, output, shown)
 
 
 def _cpu_backward(
@@ -319,12 +253,64 @@ def _cpu_backward(
     return [*found[:3], found[3].to(call.dtype) if len(found) > 3 else None]
 
 
+def _triton_call(kernels: Any, call: AttentionCall, tensors: Sequence[Any]) -> Any:
+    query, key, value, bias, lengths, mask, seed = tensors
+    lengths = None if lengths is None else lengths.to(query.device)
+    given = (*map(with_rows, (query, key, value)), bias, lengths, mask, seed)
+    return kernels.call_of(*given, call.causal, call.scale, call.dropout_p)
+
+
+def _triton_run(call: AttentionCall, *tensors: Any) -> tuple[Tensor, ...]:
+    query, kernels = tensors[0], _triton.kernels("attention")
+    with torch.cuda.device_of(query):
+        output, weights, log_sums = kernels.forward(
+            _triton_call(kernels, call, tensors),
+            call.need_weights,
+            call.average_weights,
+            call.training,
+        )
+    shown = weights.to(call.dtype) if call.need_weights else output.new_empty(0)
+    return _results(call, query, output, shown, log_sums)
+
+
+def _triton_backward(
+    call: AttentionCall, grads: Sequence[State], tensors: Sequence[Any], kept: Sequence[Tensor]
+) -> list[State]:
+    (grad_output, grad_weights), (output, _, log_sums), bias = grads, kept, tensors[3]
+    if grad_weights is not None:
+        grad_weights = grad_weights.float().contiguous() if call.need_weights else None
+    kernels = _triton.kernels("attention")
+    with torch.cuda.device_of(output):
+        *found, grad_bias = _triton.kernels("attention_backward").backward(
+            _triton_call(kernels, call, tensors),
+            laid_out(torch.zeros_like(output) if grad_output is None else grad_output),
+            grad_weights,
+            call.average_weights,
+            laid_out(output),
+            log_sums,
+            None if bias is None else bias.shape,
+        )
+    return [*found, None if grad_bias is None else grad_bias.to(call.dtype)]
+
+
+def _unfit_for_triton(call: AttentionCall) -> list[str]:
+    reasons = _triton.unfit(call)
+    if call.wide:
+        reasons.append(f"a program holds {MOST_NUMBERS} numbers of a query, key or value")
+    return reasons
+
+
 BACKENDS = (
+    Backend("triton", _triton_run, _unfit_for_triton, backward=_triton_backward),
     Backend("cpu", _cpu, unfit, backward=_cpu_backward),
-    Backend("torch", _torch, _torch_why_not, backward=_torch_backward),
+    Backend("torch", _torch, why_not, backward=_torch_backward),
     Backend("reference", _reference, lambda call: [], backward=_recompute),
 )
 OP.backends = BACKENDS
+
+
+def _torch_runs(call: AttentionCall) -> bool:
+    return select(BACKENDS, call._replace(training=False)).name == "torch"
 
 
 def _prepare(
@@ -356,7 +342,7 @@ def _prepare(
     seed = drawn_seed(query.device) if checks.probability(dropout_p) > 0 else None
     device, training = query.device.type, needs_gradient([query, *given])
     flags = (causal, scale, float(dropout_p), average_weights and need_weights, need_weights)
-    call = AttentionCall(query.dtype, device, training, *flags, context)
+    call = AttentionCall(query.dtype, device, training, *flags, context, _wide(query, value))
     return call, [query, key, value, bias, lengths, mask, seed]
 
 
@@ -406,10 +392,11 @@ def attention(
         need_weights=need_weights,
         average_weights=average_weights,
     )
-    if call.training and not call.context:
-        if select(BACKENDS, call._replace(training=False)).name == "torch":
-            # With dropout torch runs plain operations, which autograd knows by itself.
-            return _torch(call, *tensors)[0] if dropout_p > 0 else _Recorded.apply(call, *tensors)
+    if call.training and not call.context and _torch_runs(call):
+        # With dropout torch runs plain operations, which autograd knows by itself.
+        if dropout_p > 0:
+            return torch_attention(call, *tensors)[0]
+        return Recorded.apply(call, _reference, *tensors)
     flags = (causal, call.scale, call.dropout_p, call.average_weights, need_weights)
     output, weights = OP.emit(call, tensors, flags)
     return (output, weights) if need_weights else output
