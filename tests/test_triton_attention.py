@@ -10,9 +10,9 @@ from test_attention import make
 from torch import Tensor
 
 from encdec_fast import explain, use_backend
-from encdec_fast.backends import BackendRefused
+from encdec_fast.backends import BackendRefused, select
 from encdec_fast.ops import _triton, attention
-from encdec_fast.ops.attention import reference
+from encdec_fast.ops.attention import BACKENDS, AttentionCall, reference
 
 
 def launched(given: dict[str, Any], **changed: Any) -> Any:
@@ -89,6 +89,19 @@ def test_explain_and_refusals(interpreter: None) -> None:
         with pytest.raises(BackendRefused, match="float64"):
             attention(**make((1, 1, 1, 2, 3, 8, 8), "none", torch.float64))
     assert explain(attention, **given).backend != "triton"
+
+
+def test_what_a_gpu_gets() -> None:
+    """torch's kernels where they take the very call, Triton's for others, or where asked for."""
+    pytest.importorskip("triton")
+    plain = AttentionCall(
+        torch.float16, "cuda", False, True, 1.0, 0.0, False, False, "", plain=True
+    )
+    assert select(BACKENDS, plain).name == "torch"
+    for others in ({"plain": False}, {"need_weights": True}, {"training": True, "dropout_p": 0.1}):
+        assert select(BACKENDS, plain._replace(**others)).name == "triton"
+    with use_backend("triton"):
+        assert select(BACKENDS, plain).name == "triton"
 
 
 def test_every_tile_is_there() -> None:

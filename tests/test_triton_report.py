@@ -18,9 +18,13 @@ FAMILIES = {"additive_attention", "attention", "attention_backward", "gated_brid
 
 
 def report(arguments: Sequence[str], cache: Path) -> subprocess.CompletedProcess[str]:
+    return python(["-m", "encdec_fast.triton_kernels.report", *arguments], cache)
+
+
+def python(arguments: Sequence[str], cache: Path) -> subprocess.CompletedProcess[str]:
     """In a process of its own: this one may run the kernels in the interpreter."""
     return subprocess.run(
-        [sys.executable, "-m", "encdec_fast.triton_kernels.report", *arguments],
+        [sys.executable, *arguments],
         env={**os.environ, "TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(cache)},
         capture_output=True,
         text=True,
@@ -47,3 +51,24 @@ def test_report(tmp_path: Path) -> None:
     assert lines[0].split() == ["kernel", "for", "registers", "spills", "shared", "products"]
     assert len(lines) == 1 + len(usages) // len(CAPABILITIES)
     assert report(["--capability", "1.0"], tmp_path).returncode == 2
+
+
+SIZES_OF_ONE = """
+from dataclasses import replace
+from encdec_fast.triton_kernels import report
+
+for family in report.FAMILIES:
+    for one in family.configurations("bf16"):
+        if one.default and not one.absent:
+            ints = [name for name in one.kernel.arg_names if one.types.get(name) in ("i32", "i64")]
+            constants = {**one.constants, **dict.fromkeys(ints, 1)}
+            print(report.usage("", replace(one, constants=constants), "9.0").kernel)
+"""
+
+
+def test_sizes_of_one(tmp_path: Path) -> None:
+    """Triton makes constants of numbers that are 1, and another kernel of each."""
+    skip_without_triton()
+    result = python(["-c", SIZES_OF_ONE], tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert ".key_gradients_kernel bf16" in result.stdout

@@ -80,7 +80,7 @@ def torch_attention(
     return laid_out(output), output.new_empty(0)
 
 
-def why_not(call: Any) -> list[str]:
+def torch_why_not(call: Any) -> list[str]:
     reasons = ["torch's kernel does not return the weights"] if call.need_weights else []
     if call.training and call.dropout_p > 0:
         reasons.append("torch's kernel draws its own numbers for dropout, others in backward")

@@ -42,7 +42,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from encdec_fast.backends import Backend, Description, explained_by, select
+from encdec_fast.backends import (
+    Backend,
+    Description,
+    explained_by,
+    requested_backend,
+    select,
+)
 from encdec_fast.ops import _attention_checks as checks
 from encdec_fast.ops import _triton
 from encdec_fast.ops._attention_torch import (
@@ -50,7 +56,7 @@ from encdec_fast.ops._attention_torch import (
     counts_of,
     laid_out,
     torch_attention,
-    why_not,
+    torch_why_not,
     without_padding,
 )
 from encdec_fast.ops._call import GRAPHS, State, autocasting, context_of, needs_gradient
@@ -78,6 +84,7 @@ class AttentionCall(NamedTuple):
     need_weights: bool
     context: str  # as in ops/_call.py
     wide: bool = False  # more than MOST_NUMBERS in a query or a value
+    plain: bool = False  # neither lengths nor mask nor bias
 
 
 def _wide(query: Tensor, value: Tensor) -> bool:
@@ -90,7 +97,8 @@ def _call(tensors: Sequence[Any], flags: Sequence[Any], training: bool) -> Atten
     causal, scale, dropout_p, average_weights, need_weights = flags
     where = (query.dtype, query.device.type, training)
     options = (causal, scale, dropout_p, average_weights, need_weights)
-    return AttentionCall(*where, *options, "", _wide(query, tensors[2]))
+    plain = all(t is None for t in tensors[3:6])
+    return AttentionCall(*where, *options, "", _wide(query, tensors[2]), plain)
 
 
 def reference(
@@ -297,13 +305,17 @@ def _unfit_for_triton(call: AttentionCall) -> list[str]:
     reasons = _triton.unfit(call)
     if call.wide:
         reasons.append(f"a program holds {MOST_NUMBERS} numbers of a query, key or value")
+    # Nothing has been measured: what vendors wrote for this very call goes first.
+    by_torch = call.device == "cuda" and call.plain and not torch_why_not(call)
+    if by_torch and requested_backend() != "triton":
+        reasons.append("torch's fused kernels take calls without lengths, mask, bias and weights")
     return reasons
 
 
 BACKENDS = (
     Backend("triton", _triton_run, _unfit_for_triton, backward=_triton_backward),
     Backend("cpu", _cpu, unfit, backward=_cpu_backward),
-    Backend("torch", _torch, why_not, backward=_torch_backward),
+    Backend("torch", _torch, torch_why_not, backward=_torch_backward),
     Backend("reference", _reference, lambda call: [], backward=_recompute),
 )
 OP.backends = BACKENDS
@@ -342,7 +354,8 @@ def _prepare(
     seed = drawn_seed(query.device) if checks.probability(dropout_p) > 0 else None
     device, training = query.device.type, needs_gradient([query, *given])
     flags = (causal, scale, float(dropout_p), average_weights and need_weights, need_weights)
-    call = AttentionCall(query.dtype, device, training, *flags, context, _wide(query, value))
+    plain = bias is None and lengths is None and mask is None
+    call = AttentionCall(query.dtype, device, training, *flags, context, _wide(query, value), plain)
     return call, [query, key, value, bias, lengths, mask, seed]
 
 
