@@ -21,8 +21,8 @@ Tile = tuple[int, int, int, int, int | None]
 TILES: dict[str, dict[tuple[str, str], dict[int, Tile]]] = {
     "forward": {
         ("half", "plain"): {
-            64: (64, 64, 8, 3, None),
-            128: (64, 64, 8, 2, 255),
+            64: (64, 64, 8, 3, 255),
+            128: (64, 32, 8, 3, None),
             256: (32, 64, 8, 2, None),
         },
         ("half", "masked"): {
@@ -50,7 +50,7 @@ TILES: dict[str, dict[tuple[str, str], dict[int, Tile]]] = {
         },
         ("half", "masked"): {
             64: (32, 64, 8, 2, 255),
-            128: (32, 32, 8, 3, None),
+            128: (32, 32, 8, 3, 255),
             256: (16, 64, 8, 2, None),
         },
         ("float", "plain"): {
@@ -72,7 +72,7 @@ TILES: dict[str, dict[tuple[str, str], dict[int, Tile]]] = {
             256: (32, 32, 8, 2, None),
         },
         ("half", "masked"): {
-            64: (32, 32, 8, 2, None),
+            64: (32, 32, 8, 1, None),
             128: (16, 32, 8, 2, None),
             256: (16, 16, 8, 1, 255),
         },
