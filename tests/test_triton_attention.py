@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import skip_without_triton
 from test_attention import make
 from torch import Tensor
 
@@ -93,7 +94,7 @@ def test_explain_and_refusals(interpreter: None) -> None:
 
 def test_what_a_gpu_gets() -> None:
     """torch's kernels where they take the very call, Triton's for others, or where asked for."""
-    pytest.importorskip("triton")
+    skip_without_triton()
     plain = AttentionCall(
         torch.float16, "cuda", False, True, 1.0, 0.0, False, False, "", plain=True
     )
@@ -106,7 +107,7 @@ def test_what_a_gpu_gets() -> None:
 
 def test_every_tile_is_there() -> None:
     """For each kernel, precision and width that launchers ask for."""
-    pytest.importorskip("triton")
+    skip_without_triton()
     tiles = _triton.kernels("attention_tiles").TILES
     assert set(tiles) == {"forward", "queries", "keys", "bias"}
     for name, table in tiles.items():

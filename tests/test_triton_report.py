@@ -33,7 +33,7 @@ def python(arguments: Sequence[str], cache: Path) -> subprocess.CompletedProcess
 
 
 def test_report(tmp_path: Path) -> None:
-    """One test, so that one process compiles everything, once."""
+    """One test, so that everything is compiled once."""
     skip_without_triton()
     result = report(["--default", "--json"], tmp_path)
     assert result.returncode in (0, 1), result.stderr
