@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import multiprocessing
 import os
 import re
 import signal
@@ -20,7 +21,6 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -137,11 +137,8 @@ def usages(capabilities: Sequence[str], default: bool) -> Iterator[Usage]:
         for capability in capabilities
     ]
     workers = len(os.sched_getaffinity(0))
-    pool = ProcessPoolExecutor(workers, initializer=_leave_interrupts_to_the_parent)
-    try:
-        yield from pool.map(_usage_at, places)
-    finally:
-        pool.shutdown(cancel_futures=True)
+    with multiprocessing.Pool(workers, _leave_interrupts_to_the_parent) as pool:
+        yield from pool.imap(_usage_at, places)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
