@@ -21,15 +21,6 @@ NATIVE = not library.ops_reason()
 REQUIRE_NATIVE = bool(os.environ.get("ENCDEC_FAST_REQUIRE_NATIVE"))
 
 
-@pytest.fixture(params=["cpu", "torch", "reference"])
-def backend(request: pytest.FixtureRequest) -> str:
-    """Every backend of the recurrent ops, one after the other."""
-    name: str = request.param
-    if name == "cpu":
-        skip_without_native()
-    return name
-
-
 @pytest.fixture(params=["cpu", "triton"])
 def kernels(request: pytest.FixtureRequest) -> Iterator[str]:
     """This package's own kernels, for ops that have both: the whole test runs on them."""
@@ -39,8 +30,17 @@ def kernels(request: pytest.FixtureRequest) -> Iterator[str]:
         yield name
 
 
+@pytest.fixture(params=["cpu", "torch", "reference"])
+def coarse_backend(request: pytest.FixtureRequest) -> str:
+    """Every backend that holds weights in fewer bits."""
+    name: str = request.param
+    if name == "cpu":
+        skip_without_native()
+    return name
+
+
 @pytest.fixture(params=["cpu", "triton", "torch", "reference"])
-def any_backend(request: pytest.FixtureRequest) -> str:
+def backend(request: pytest.FixtureRequest) -> str:
     """Every backend of an op that has all of them."""
     name: str = request.param
     if name in ("cpu", "triton"):

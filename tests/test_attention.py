@@ -66,12 +66,12 @@ def cast(given: dict[str, Any], dtype: torch.dtype) -> dict[str, Any]:
 @ALL_SHAPES
 @pytest.mark.parametrize("masks", MASKS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_forward(shape: Any, masks: str, dtype: torch.dtype, any_backend: str) -> None:
+def test_forward(shape: Any, masks: str, dtype: torch.dtype, backend: str) -> None:
     given = make(shape, masks, dtype)
     with torch.no_grad(), two_threads():
         truth = reference(**cast(given, torch.float64))
         theirs = reference(**given)
-        with use_backend(any_backend):
+        with use_backend(backend):
             poison()
             output = attention(**given)
     assert_as_good([output], [theirs[0]], [truth[0]], 2.0)
@@ -164,7 +164,7 @@ def test_minus_infinity_and_nan(kernels: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["one query", "many queries"])
-def test_padding_is_not_read(name: str, any_backend: str) -> None:
+def test_padding_is_not_read(name: str, backend: str) -> None:
     given = make(SHAPES[name], "lengths", torch.float32)
     padding = torch.arange(SHAPES[name][4]) >= given["memory_lengths"].unsqueeze(1)
     found = []
@@ -172,7 +172,7 @@ def test_padding_is_not_read(name: str, any_backend: str) -> None:
         spoiled = dict(given)
         for part in ("key", "value"):
             spoiled[part] = given[part].masked_fill(padding[:, None, :, None], fill)
-        with use_backend(any_backend):
+        with use_backend(backend):
             found.append(attention(**spoiled))
     assert all(torch.equal(found[0], other) for other in found)
     assert not found[-1].isnan().any()
@@ -201,21 +201,21 @@ def test_sentences_one_at_a_time(B: int, Tq: int, S: int, D: int, causal: bool, 
 @pytest.mark.parametrize(
     "shape", [(0, 2, 2, 3, 4, 5, 6), (2, 2, 2, 0, 4, 5, 6), (2, 2, 2, 3, 0, 5, 6)], ids=str
 )
-def test_nothing_there(shape: Any, any_backend: str) -> None:
+def test_nothing_there(shape: Any, backend: str) -> None:
     given = make(shape, "none", torch.float32)
-    with use_backend(any_backend):
+    with use_backend(backend):
         output = attention(**given)
     assert output.shape == (*shape[:2], shape[3], shape[6])
     assert not output.nan_to_num(0.0).any()
 
 
-def test_layouts(any_backend: str) -> None:
+def test_layouts(backend: str) -> None:
     """Heads side by side in the features, as projections leave them; broadcast and odd masks."""
     x = torch.randn(2, 20, 3, 4, 8)
     q, k, v = (x[:, :, i].transpose(1, 2) for i in range(3))
     mask = torch.rand(20, 2).t().unsqueeze(1).unsqueeze(1) < 0.8
     bias = torch.randn(4, 1, 20)
-    with use_backend(any_backend):
+    with use_backend(backend):
         found = attention(q, k, v, mask=mask, bias=bias)
         whole = attention(
             q.contiguous(),
@@ -284,10 +284,10 @@ def test_bad_input(changed: dict[str, Any]) -> None:
         attention(**{**given, **changed})
 
 
-def test_lengths_of_every_kind(any_backend: str) -> None:
+def test_lengths_of_every_kind(backend: str) -> None:
     given = make(SHAPES["one query"], "none", torch.float32)
     lengths = torch.tensor([3, 0, 50, 7])
-    with use_backend(any_backend):
+    with use_backend(backend):
         expected = attention(**given, memory_lengths=lengths)
         for same in (lengths.tolist(), lengths.int(), lengths.repeat_interleave(2)[::2]):
             torch.testing.assert_close(attention(**given, memory_lengths=same), expected)
@@ -296,13 +296,13 @@ def test_lengths_of_every_kind(any_backend: str) -> None:
                 attention(**given, memory_lengths=wrong)
 
 
-def test_values_and_queries_of_no_size(any_backend: str) -> None:
+def test_values_and_queries_of_no_size(backend: str) -> None:
     q, k, v = torch.randn(2, 2, 3, 4), torch.randn(2, 2, 5, 4), torch.randn(2, 2, 5, 6)
-    with use_backend("reference" if any_backend == "torch" else any_backend):
+    with use_backend("reference" if backend == "torch" else backend):
         poison()
         _, weights = attention(q, k, v[..., :0], need_weights=True)
         torch.testing.assert_close(weights.sum(-1), torch.ones(2, 2, 3))
-    with use_backend(any_backend):
+    with use_backend(backend):
         mean = attention(q[..., :0], k[..., :0], v)
         torch.testing.assert_close(mean, v.mean(2, keepdim=True).expand(2, 2, 3, 6))
 

@@ -39,12 +39,12 @@ def detached(given: dict[str, Any], dtype: torch.dtype) -> dict[str, Any]:
 @ALL_SHAPES
 @pytest.mark.parametrize("masks", MASKS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_gradients(shape: Any, masks: str, dtype: torch.dtype, any_backend: str) -> None:
+def test_gradients(shape: Any, masks: str, dtype: torch.dtype, backend: str) -> None:
     given = make(shape, masks, dtype)
     seeds = [torch.randn(*shape[:2], shape[3], shape[6])]
     ours, theirs, truth = (detached(given, t) for t in (dtype, dtype, torch.float64))
     leaves_of(ours), leaves_of(theirs), leaves_of(truth)
-    with two_threads(), use_backend(any_backend):
+    with two_threads(), use_backend(backend):
         poison()
         found = gradients([attention(**ours)], ours, seeds)
     assert_as_good(
@@ -54,7 +54,7 @@ def test_gradients(shape: Any, masks: str, dtype: torch.dtype, any_backend: str)
         3.0,
         # Where one key counts its gradient is 0, and these two have what rounding leaves of a sum
         # of D terms less the same sum in another order; torch's kernel on some processors only.
-        relative=1e-6 if any_backend in ("torch", "triton") and dtype == torch.float32 else 0.0,
+        relative=1e-6 if backend in ("torch", "triton") and dtype == torch.float32 else 0.0,
     )
 
 

@@ -38,8 +38,10 @@ def test_reference(kind: str, case: Case) -> None:
 @pytest.mark.parametrize("weight_dtype", [torch.bfloat16, "int8"], ids=str)
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 @KINDS
-def test_weight_dtype(kind: str, case: Case, weight_dtype: torch.dtype | str, backend: str) -> None:
-    checks.check_weight_dtype(kind, case, weight_dtype, backend)
+def test_weight_dtype(
+    kind: str, case: Case, weight_dtype: torch.dtype | str, coarse_backend: str
+) -> None:
+    checks.check_weight_dtype(kind, case, weight_dtype, coarse_backend)
 
 
 @settings(max_examples=20, deadline=None)

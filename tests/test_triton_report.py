@@ -14,7 +14,15 @@ from conftest import skip_without_triton
 
 CAPABILITIES = ("8.0", "9.0", "10.0", "12.0")
 DTYPES = ("fp32", "bf16", "fp16")
-FAMILIES = {"additive_attention", "attention", "attention_backward", "gated_bridge", "linear"}
+FAMILIES = {
+    "additive_attention",
+    "attention",
+    "attention_backward",
+    "cross_entropy",
+    "gated_bridge",
+    "linear",
+    "recurrent",
+}
 
 
 def report(arguments: Sequence[str], cache: Path) -> subprocess.CompletedProcess[str]:

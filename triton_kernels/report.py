@@ -29,8 +29,10 @@ from encdec_fast.triton_kernels import (
     additive_attention,
     attention,
     attention_backward,
+    cross_entropy,
     gated_bridge,
     linear,
+    recurrent,
 )
 from encdec_fast.triton_kernels._configuration import TYPES, Configuration
 from triton.backends.compiler import GPUTarget
@@ -39,7 +41,15 @@ from triton.compiler import ASTSource
 # Shared memory that one program may have, in bytes (CUDA C++ Programming Guide, table "Technical
 # Specifications per Compute Capability").
 SHARED = {"8.0": 163 << 10, "9.0": 227 << 10, "10.0": 227 << 10, "12.0": 99 << 10}
-FAMILIES = (additive_attention, attention, attention_backward, gated_bridge, linear)
+FAMILIES = (
+    additive_attention,
+    attention,
+    attention_backward,
+    cross_entropy,
+    gated_bridge,
+    linear,
+    recurrent,
+)
 _CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
 _PRODUCTS = ("wgmma.mma_async", "tcgen05.mma", "mma.sync")
 

@@ -4,6 +4,7 @@ from encdec_fast.ops._packing import repack
 from encdec_fast.ops.additive_attention import additive_attention
 from encdec_fast.ops.attention import attention
 from encdec_fast.ops.attention_decoder import attention_decoder
+from encdec_fast.ops.cross_entropy import cross_entropy
 from encdec_fast.ops.direct_bridge import direct_bridge, merge_directions
 from encdec_fast.ops.gated_bridge import gated_bridge
 from encdec_fast.ops.gru import gru, gru_cell
@@ -18,6 +19,7 @@ __all__ = [
     "additive_attention",
     "attention",
     "attention_decoder",
+    "cross_entropy",
     "direct_bridge",
     "gated_bridge",
     "gru",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from typing import Any
 
@@ -122,6 +123,23 @@ def complain(
                 f"found input tensor with {input.dtype} and hidden tensor with {state.dtype}"
             )
     raise RuntimeError(f"{name}: h0 and c0 must both be given, or neither")
+
+
+def check_device_values(tensor: Tensor) -> bool:
+    """Whether to look at what a tensor holds: on a GPU that waits for it, so only where asked for.
+
+    ENCDEC_FAST_CHECK=1 asks for it.
+    """
+    return tensor.device.type == "cpu" or os.environ.get("ENCDEC_FAST_CHECK") == "1"
+
+
+def check_batch_sizes(batch_sizes: Tensor, rows: int) -> None:
+    """RuntimeError unless they describe that many packed rows; as the C++ ops check them."""
+    if (batch_sizes <= 0).any() or (batch_sizes.diff() > 0).any():
+        raise RuntimeError("batch_sizes must be positive and must not rise")
+    total = int(batch_sizes.sum())
+    if total != rows:
+        raise RuntimeError(f"batch_sizes add up to {total}, but there are {rows} packed rows")
 
 
 def check_weights(kind: str, weights: list[Tensor]) -> None:

@@ -20,8 +20,8 @@ Layer = Callable[[Tensor, list[Tensor], State, State], LayerResult]
 def autograd_inside_op() -> Iterator[None]:
     """Let autograd record inside an op's implementation, which the dispatcher runs below it."""
     keys = torch._C._dispatch_tls_local_exclude_set()
-    for name in ("AutogradOther", "AutogradNestedTensor", "AutogradFunctionality", "AutogradCPU"):
-        keys = keys.remove(getattr(torch._C.DispatchKey, name))
+    for name in ("Other", "NestedTensor", "Functionality", "CPU", "CUDA"):
+        keys = keys.remove(getattr(torch._C.DispatchKey, f"Autograd{name}"))
     include = torch._C._dispatch_tls_local_include_set()
     with torch._C._ForceDispatchKeyGuard(include, keys), torch.enable_grad():
         yield

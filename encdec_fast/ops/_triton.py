@@ -20,9 +20,14 @@ _OLDEST = (3, 6)
 
 @cache
 def missing() -> str:
-    """Why Triton cannot be used here at all; empty where it can."""
-    if importlib.util.find_spec("triton") is None:
-        return "Triton is not installed (pip install triton)"
+    """Why Triton cannot be used here at all; empty where it may be."""
+    there = importlib.util.find_spec("triton") is not None
+    return "" if there else "Triton is not installed (pip install triton)"
+
+
+@cache
+def _too_old() -> str:
+    """Imports Triton, which takes a tenth of a second."""
     version = importlib.import_module("triton").__version__
     if tuple(int(part) for part in version.split(".")[:2]) < _OLDEST:
         return f"Triton {version} is older than {'.'.join(map(str, _OLDEST))}"
@@ -49,4 +54,6 @@ def unfit(call: Any) -> list[str]:
             reasons.append("Triton's interpreter runs only where this backend is asked for")
     elif call.device != "cuda":
         reasons.append(f"the tensors are on {call.device}")
+    if not reasons and _too_old():
+        reasons.append(_too_old())
     return reasons + unsuited(call)

@@ -36,7 +36,7 @@ import torch
 from torch import Tensor
 
 from encdec_fast.backends import Description, explained_by
-from encdec_fast.ops import _cells, _cpu, _public, _torch
+from encdec_fast.ops import _cells, _cpu, _public, _recurrent_triton, _torch
 from encdec_fast.ops._call import LayerResult, RecurrentCall, State, make_call
 from encdec_fast.ops._layer import LayerOp
 from encdec_fast.ops._reference import reference_backend, unroll
@@ -113,8 +113,18 @@ def _call(layer: Sequence[Any], flags: Sequence[Any], training: bool) -> Recurre
 OP = LayerOp("gru", False, _call, lambda call: (), _reference)
 OP.register(_library)  # fakes and autograd, which all recurrent ops share: see LayerOp
 
-BACKENDS = (_cpu.INFERENCE, _torch.INFERENCE, reference_backend(_reference))
-TRAIN_BACKENDS = (_cpu.TRAINING, _torch.TRAINING, reference_backend(_reference, training=True))
+BACKENDS = (
+    _recurrent_triton.INFERENCE,
+    _cpu.INFERENCE,
+    _torch.INFERENCE,
+    reference_backend(_reference),
+)
+TRAIN_BACKENDS = (
+    _recurrent_triton.TRAINING,
+    _cpu.TRAINING,
+    _torch.TRAINING,
+    reference_backend(_reference, training=True),
+)
 OP.backends, OP.train_backends = BACKENDS, TRAIN_BACKENDS
 
 

@@ -29,7 +29,7 @@ import torch
 from torch import Tensor
 
 from encdec_fast.backends import Description, explained_by
-from encdec_fast.ops import _cells, _cpu, _public, _torch
+from encdec_fast.ops import _cells, _cpu, _public, _recurrent_triton, _torch
 from encdec_fast.ops._call import LayerResult, RecurrentCall, State, make_call
 from encdec_fast.ops._layer import LayerOp
 from encdec_fast.ops._reference import reference_backend, unroll
@@ -108,8 +108,18 @@ def _kind(nonlinearity: str) -> str:
 OP = LayerOp("rnn", False, _call, lambda call: (call.kind.removeprefix("rnn_"),), _reference)
 OP.register(_library)  # fakes and autograd, which all recurrent ops share: see LayerOp
 
-BACKENDS = (_cpu.INFERENCE, _torch.INFERENCE, reference_backend(_reference))
-TRAIN_BACKENDS = (_cpu.TRAINING, _torch.TRAINING, reference_backend(_reference, training=True))
+BACKENDS = (
+    _recurrent_triton.INFERENCE,
+    _cpu.INFERENCE,
+    _torch.INFERENCE,
+    reference_backend(_reference),
+)
+TRAIN_BACKENDS = (
+    _recurrent_triton.TRAINING,
+    _cpu.TRAINING,
+    _torch.TRAINING,
+    reference_backend(_reference, training=True),
+)
 OP.backends, OP.train_backends = BACKENDS, TRAIN_BACKENDS
 
 
