@@ -13,7 +13,8 @@ constexpr int64_t kMostRows = 140;
 constexpr int64_t kBackwardBytes = int64_t{512} << 10;  // of a tile's weights and their gradients
 constexpr int64_t kMostBackwardRows = 112;
 constexpr int64_t kRoundBytes = int64_t{4} << 20;  // of keys and values packed at a time
-constexpr double kTeamProducts = 200e3;            // from which a team pays
+constexpr int64_t kApartUnits = 16;  // per member, from which they end together whatever they take
+constexpr double kTeamProducts = 200e3;  // from which a team pays
 
 double products(const Attention& call) {
   return double(call.B) * double(call.H) * double(call.Tq) * double(call.S) *
@@ -50,10 +51,18 @@ void plan(Attention& call, int available) {
   call.query_rows = query_rows(call, kScoreBytes / 4, kMostRows, rows);
   const int64_t head = call.S * (call.D + call.V) * element_bytes(call.dtype);
   const int64_t most = call.packed ? kRoundBytes / std::max<int64_t>(1, head) : heads;
+  const int64_t together = call.average ? std::max<int64_t>(1, call.G) : 1;
+  const int64_t units = heads / together;
+  const bool alike = !call.lengths && !call.key.starts && units % call.threads == 0;
+  call.apart = call.packed && (alike || units >= kApartUnits * call.threads);
+  if (call.apart) {
+    call.round_heads = call.threads * together;
+    return;
+  }
   // Enough heads at a time that the team's members end together.
   call.round_heads =
       std::max<int64_t>(1, std::min(heads, std::max<int64_t>(most, 2 * call.threads)));
-  if (call.average) call.round_heads = round_up(call.round_heads, std::max<int64_t>(1, call.G));
+  call.round_heads = round_up(call.round_heads, together);
 }
 
 void plan_backward(Attention& call, int available) {

@@ -54,6 +54,7 @@ struct Attention {
   bool packed = false;      // keys and values are packed for the matrix product first
   int64_t query_rows = 1;   // that a member takes at a time
   int64_t round_heads = 1;  // (b, key head) pairs that are packed at a time
+  bool apart = false;       // a member packs the heads that it takes, for itself alone
   char* workspace = nullptr;
 
   int64_t queries_of(int64_t b) const { return query.starts ? query.rows(b) : Tq; }

@@ -78,14 +78,25 @@ class AttentionRun : private Scores {
             round_up(call_.S, kPanel), call_.V};
   }
 
-  void run_packed(const QueryTile& t, int64_t slot) {
-    const int64_t n = keys_seen(t);
+  // A tile's queries for the product: staged, or as they lie where they are rows of one head that
+  // the product reads to their end and no further.
+  RowsView queries(const QueryTile& t) const {
+    const bool whole =
+        format == Format::kFloat32 || (format == Format::kBfloat16 && call_.D % (2 * kLanes) == 0);
+    if (whole && call_.dtype == format &&
+        t.first / t.queries == (t.first + t.rows - 1) / t.queries) {
+      return {row_of(call_.query, t, 0), call_.query.row_stride};
+    }
     for (int64_t r = 0; r < t.rows; ++r) {
       stage_row<format>(row_of(call_.query, t, r), call_.dtype, call_.D,
                         own_ + places_.q + r * places_.q_row);
     }
-    keys(slot).multiply_into({own_ + places_.q, places_.q_row}, t.rows, call_.D, n, scores(0),
-                             places_.scores_row / 4);
+    return {own_ + places_.q, places_.q_row};
+  }
+
+  void run_packed(const QueryTile& t, int64_t slot) {
+    const int64_t n = keys_seen(t);
+    keys(slot).multiply_into(queries(t), t.rows, call_.D, n, scores(0), places_.scores_row / 4);
     RowsView weights{reinterpret_cast<const char*>(scores(0)), places_.scores_row};
     if constexpr (kStaged<format>) weights = {own_ + places_.p, places_.p_row};
     for (int64_t r = 0; r < t.rows; ++r) {
@@ -228,6 +239,16 @@ inline void run_attention(const Attention& f) {
   Barrier barrier;
   auto body = [&](int rank, int size) {
     AttentionRun<format> own(f, rank);
+    if (f.apart) {  // what is packed stays in the member's own caches
+      const int64_t units = heads / step, slot = rank * step;
+      for (int64_t u = work.take(units); u >= 0; u = work.take(units)) {
+        for (int64_t i = 0; i < step; ++i) {
+          own.pack((u * step + i) / f.G, (u * step + i) % f.G, slot + i);
+        }
+        for (int64_t i = 0; i < tiles; ++i) run_unit(f, own, u * step, i, slot);
+      }
+      return;
+    }
     for (int64_t round = 0; round < rounds; ++round) {
       const int64_t begin = round * f.round_heads;
       const int64_t count = heads - begin < f.round_heads ? heads - begin : f.round_heads;

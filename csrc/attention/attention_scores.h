@@ -39,14 +39,20 @@ class PackedRows {
       return ColumnSource{first + column * stride, dtype, stride / element_bytes(dtype), 1, lanes};
     });
   }
-  // Rows stay rows: k runs over them.
+  // Rows stay rows: k runs over them. Some rows at a time, so that they are read as they lie.
   void pack_as_rows(const char* first, Format dtype, int64_t stride, int64_t rows, int64_t size) {
     panels_ = panels_of(size);
+    for (int64_t k = 0; k < rows; k += kPackDepth) {
+      k_ = rows - k < kPackDepth ? rows - k : kPackDepth;
+      pack(
+          size,
+          [&](int64_t column, int lanes) {
+            return ColumnSource{first + k * stride + column * element_bytes(dtype), dtype, 1,
+                                stride / element_bytes(dtype), lanes};
+          },
+          k);
+    }
     k_ = rows;
-    pack(size, [&](int64_t column, int lanes) {
-      return ColumnSource{first + column * element_bytes(dtype), dtype, 1,
-                          stride / element_bytes(dtype), lanes};
-    });
   }
 
   // The product of `rows` rows with the first `k` of the packed ones; put(panel, row, n, tile)
@@ -74,12 +80,14 @@ class PackedRows {
  private:
   static constexpr int kRows = tile_room(format, kVectors);
 
+  // k_ numbers of each column, from number `begin` on.
   template <class Source>
-  void pack(int64_t columns, const Source& source) {
+  void pack(int64_t columns, const Source& source, int64_t begin = 0) {
     constexpr int64_t kVector = kLanes * weight_group_bytes(format);
+    const int64_t before = begin / group_size(format) * kVectors * kVector;
     for (int64_t i = 0; i < panels_ * kVectors; ++i) {
       const int64_t first = i * kLanes;
-      char* const to = data_ + i / kVectors * panel_bytes_ + i % kVectors * kVector;
+      char* const to = data_ + i / kVectors * panel_bytes_ + i % kVectors * kVector + before;
       pack_columns<format>(source(first, first < columns ? lanes_left(first, columns) : 0), k_, to,
                            kVectors * kVector, nullptr, nullptr);
     }

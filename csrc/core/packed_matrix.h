@@ -9,6 +9,8 @@
 // and, because rows are stored with the zero point 128, sums that start at -128 * (column sum).
 #pragma once
 
+#include <cstring>
+
 #include "core/cpu_features.h"
 #include "core/format.h"
 #include "core/rows.h"
@@ -77,26 +79,40 @@ struct ColumnSource {
   int lanes;
 };
 
-// A block of kLanes columns by `count` <= kPackDepth k, as floats, k-major: out[k * kLanes + lane].
+// A block of kLanes columns by `count` <= kPackDepth k, as vectors of floats, one for each k:
 constexpr int kPackDepth = 32;
-
-inline void read_columns(const ColumnSource& c, int64_t k0, int count, float* out) {
-  const int bytes = element_bytes(c.dtype);
+// put(k, vector) receives them one after the other.
+template <class Put>
+inline void read_columns(const ColumnSource& c, int64_t k0, int count, const Put& put) {
+  const int64_t bytes = element_bytes(c.dtype);
   if (c.lane_stride == 1) {
     for (int k = 0; k < count; ++k) {
-      store(out + k * kLanes, load_as(c.dtype, c.src + (k0 + k) * c.k_stride * bytes, c.lanes));
+      put(k, load_as(c.dtype, c.src + (k0 + k) * c.k_stride * bytes, c.lanes));
     }
     return;
   }
+  const int64_t stride = c.lane_stride * bytes;
   for (int k = 0; k < count; k += kLanes) {
     const int depth = count - k < kLanes ? count - k : kLanes;
+    const char* const first = c.src + (k0 + k) * bytes;
     Float square[kLanes];
+    if (c.lanes == kLanes && depth == kLanes) {
+      with_dtype(c.dtype, [&](auto dtype) __attribute__((always_inline)) {
+#pragma GCC unroll 16
+        for (int l = 0; l < kLanes; ++l) {
+          square[l] = load_as(decltype(dtype)::value, first + l * stride);
+        }
+        transpose(square);
+#pragma GCC unroll 16
+        for (int i = 0; i < kLanes; ++i) put(k + i, square[i]);
+      });
+      continue;
+    }
     for (int l = 0; l < kLanes; ++l) {
-      const char* p = c.src + (l * c.lane_stride + (k0 + k) * c.k_stride) * bytes;
-      square[l] = l < c.lanes ? load_as(c.dtype, p, depth) : zero();
+      square[l] = l < c.lanes ? load_as(c.dtype, first + l * stride, depth) : zero();
     }
     transpose(square);
-    for (int i = 0; i < depth; ++i) store(out + (k + i) * kLanes, square[i]);
+    for (int i = 0; i < depth; ++i) put(k + i, square[i]);
   }
 }
 
@@ -116,19 +132,74 @@ inline void prefetch_columns(const ColumnSource& c, int64_t k0, int count) {
   }
 }
 
+// pack_columns of bfloat16 from bfloat16: no number changes, and words of two k are moved as they
+// lie.
+inline void pack_halves(const ColumnSource& c, int64_t k, char* dst, int64_t step) {
+  const auto half_at = [&](int64_t k0) __attribute__((always_inline)) {
+    const char* const p = c.src + k0 * c.k_stride * 2;
+    return c.lanes == kLanes ? load_half(p) : load_half_partial(p, c.lanes);
+  };
+  for (int64_t k0 = 0; k0 < k; k0 += kPackDepth, dst += kPackDepth / 2 * step) {
+    const int count = static_cast<int>(k - k0 < kPackDepth ? k - k0 : kPackDepth);
+    prefetch_columns(c, k0, count);
+    for (int i = 0; i < count; i += 2) {  // to be written: fetched meanwhile
+      __builtin_prefetch(dst + (kPackDepth + i / 2) * step, 1);
+    }
+    if (c.lane_stride == 1) {
+      for (int i = 0; i < count; i += 2) {
+        const Half second = i + 1 < count ? half_at(k0 + i + 1) : to_bf16(zero());
+        istore(dst + i / 2 * step, pair_halves(half_at(k0 + i), second));
+      }
+      continue;
+    }
+    for (int i = 0; i < count; i += 2 * kLanes) {
+      const char* const first = c.src + (k0 + i) * 2;
+      const int64_t stride = c.lane_stride * 2;
+      Float words[kLanes];
+      if (c.lanes == kLanes && count - i >= 2 * kLanes) {
+#pragma GCC unroll 16
+        for (int l = 0; l < kLanes; ++l) {
+          words[l] = load(reinterpret_cast<const float*>(first + l * stride));
+        }
+      } else {
+        const size_t bytes =
+            static_cast<size_t>(count - i < 2 * kLanes ? count - i : 2 * kLanes) * 2;
+        for (int l = 0; l < kLanes; ++l) {
+          alignas(64) char row[kLanes * 4] = {};
+          if (l < c.lanes) std::memcpy(row, first + l * stride, bytes);
+          words[l] = load(reinterpret_cast<const float*>(row));
+        }
+      }
+      transpose(words);
+      const int pairs = (count - i + 1) / 2;
+      char* const to = dst + i / 2 * step;
+      if (pairs >= kLanes) {
+#pragma GCC unroll 16
+        for (int g = 0; g < kLanes; ++g) store(reinterpret_cast<float*>(to + g * step), words[g]);
+      } else {
+        for (int g = 0; g < pairs; ++g) store(reinterpret_cast<float*>(to + g * step), words[g]);
+      }
+    }
+  }
+}
+
 // One vector of columns into its place in a panel: `dst` is the vector's first group, `step` the
 // bytes from group to group. `scale` and `start` (int8 only) receive kLanes values each.
 template <Format format>
 inline void pack_columns(const ColumnSource& c, int64_t k, char* dst, int64_t step, float* scale,
                          int32_t* start) {
+  if constexpr (format == Format::kBfloat16) {
+    if (c.dtype == format) return pack_halves(c, k, dst, step);
+  }
   alignas(64) float block[kPackDepth * kLanes];
+  const auto to_block = [&](int i, Float v) { store(block + i * kLanes, v); };
   Float inverse = set1(1.0f);
   Int sums = izero();
   if constexpr (format == Format::kInt8) {
     Float largest = zero(), nan = zero();
     for (int64_t k0 = 0; k0 < k; k0 += kPackDepth) {
       const int count = static_cast<int>(k - k0 < kPackDepth ? k - k0 : kPackDepth);
-      read_columns(c, k0, count, block);
+      read_columns(c, k0, count, to_block);
       for (int i = 0; i < count; ++i) {
         const Float w = load(block + i * kLanes);
         largest = max(abs(w), largest);
@@ -143,15 +214,21 @@ inline void pack_columns(const ColumnSource& c, int64_t k, char* dst, int64_t st
   for (int64_t k0 = 0; k0 < k; k0 += kPackDepth) {
     const int count = static_cast<int>(k - k0 < kPackDepth ? k - k0 : kPackDepth);
     prefetch_columns(c, k0, count);
-    read_columns(c, k0, count, block);
+    if constexpr (format == Format::kFloat32) {
+      read_columns(c, k0, count, [&](int i, Float v) __attribute__((always_inline)) {
+        __builtin_prefetch(dst + (i + 2 * kPackDepth) * step, 1);
+        store(reinterpret_cast<float*>(dst + i * step), v);
+      });
+      dst += count * step;
+      continue;
+    }
+    read_columns(c, k0, count, to_block);
     const int whole = static_cast<int>(round_up(count, kGroup));
     for (int i = count; i < whole; ++i) store(block + i * kLanes, zero());
     for (int i = 0; i < whole; i += kGroup, dst += step) {
       const float* b = block + i * kLanes;
       __builtin_prefetch(dst + 2 * kPackDepth * step, 1);  // to be written: fetched meanwhile
-      if constexpr (format == Format::kFloat32) {
-        store(reinterpret_cast<float*>(dst), load(b));
-      } else if constexpr (format == Format::kFloat16) {
+      if constexpr (format == Format::kFloat16) {
         store_half(dst, to_f16(load(b)));
       } else if constexpr (format == Format::kBfloat16) {
         istore(dst, pair_halves(to_bf16(load(b)), to_bf16(load(b + kLanes))));

@@ -139,8 +139,10 @@ inline float stage_row(const char* src, Format dtype, int64_t k, char* dst) {
 template <class Pair>
 ENCDEC_INLINE void stage_columns(const Pair& pair, char* to, int64_t row_bytes) {
   Float words[kLanes];
+#pragma GCC unroll 16
   for (int i = 0; i < kLanes; ++i) words[i] = from_bits(pair(i));
   transpose(words);
+#pragma GCC unroll 16
   for (int i = 0; i < kLanes; ++i) store(reinterpret_cast<float*>(to + i * row_bytes), words[i]);
 }
 

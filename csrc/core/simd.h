@@ -144,11 +144,13 @@ ENCDEC_INLINE Half to_f16(Float v) {
 // Rows become columns.
 ENCDEC_INLINE void transpose(Float (&r)[kLanes]) {
   Float t[16];
+#pragma GCC unroll 8
   for (int i = 0; i < 16; i += 2) {
     t[i] = _mm512_unpacklo_ps(r[i], r[i + 1]);
     t[i + 1] = _mm512_unpackhi_ps(r[i], r[i + 1]);
   }
   // Afterwards quarter q of r[4 i + c] holds column 4 q + c of rows 4 i to 4 i + 3.
+#pragma GCC unroll 4
   for (int i = 0; i < 16; i += 4) {
     const __m512d a = _mm512_castps_pd(t[i]), b = _mm512_castps_pd(t[i + 1]);
     const __m512d c = _mm512_castps_pd(t[i + 2]), d = _mm512_castps_pd(t[i + 3]);
@@ -157,12 +159,14 @@ ENCDEC_INLINE void transpose(Float (&r)[kLanes]) {
     r[i + 2] = _mm512_castpd_ps(_mm512_unpacklo_pd(b, d));
     r[i + 3] = _mm512_castpd_ps(_mm512_unpackhi_pd(b, d));
   }
+#pragma GCC unroll 4
   for (int c = 0; c < 4; ++c) {
     t[c] = _mm512_shuffle_f32x4(r[c], r[4 + c], 0x88);
     t[4 + c] = _mm512_shuffle_f32x4(r[c], r[4 + c], 0xdd);
     t[8 + c] = _mm512_shuffle_f32x4(r[8 + c], r[12 + c], 0x88);
     t[12 + c] = _mm512_shuffle_f32x4(r[8 + c], r[12 + c], 0xdd);
   }
+#pragma GCC unroll 4
   for (int c = 0; c < 4; ++c) {
     r[c] = _mm512_shuffle_f32x4(t[c], t[8 + c], 0x88);
     r[8 + c] = _mm512_shuffle_f32x4(t[c], t[8 + c], 0xdd);
@@ -312,11 +316,13 @@ ENCDEC_INLINE Half to_f16(Float v) {
 }
 ENCDEC_INLINE void transpose(Float (&r)[kLanes]) {
   Float t[8];
+#pragma GCC unroll 4
   for (int i = 0; i < 8; i += 2) {
     t[i] = _mm256_unpacklo_ps(r[i], r[i + 1]);
     t[i + 1] = _mm256_unpackhi_ps(r[i], r[i + 1]);
   }
   // Afterwards half q of r[4 i + c] holds column 4 q + c of rows 4 i to 4 i + 3.
+#pragma GCC unroll 2
   for (int i = 0; i < 8; i += 4) {
     const __m256d a = _mm256_castps_pd(t[i]), b = _mm256_castps_pd(t[i + 1]);
     const __m256d c = _mm256_castps_pd(t[i + 2]), d = _mm256_castps_pd(t[i + 3]);
@@ -325,10 +331,12 @@ ENCDEC_INLINE void transpose(Float (&r)[kLanes]) {
     r[i + 2] = _mm256_castpd_ps(_mm256_unpacklo_pd(b, d));
     r[i + 3] = _mm256_castpd_ps(_mm256_unpackhi_pd(b, d));
   }
+#pragma GCC unroll 4
   for (int c = 0; c < 4; ++c) {
     t[c] = _mm256_permute2f128_ps(r[c], r[4 + c], 0x20);
     t[4 + c] = _mm256_permute2f128_ps(r[c], r[4 + c], 0x31);
   }
+#pragma GCC unroll 8
   for (int i = 0; i < 8; ++i) r[i] = t[i];
 }
 ENCDEC_INLINE Float sums_of(const Float (&v)[kLanes]) {

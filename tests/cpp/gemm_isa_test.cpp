@@ -1,6 +1,7 @@
 // The matrix product against sums in double: every tile height, every format, ragged sizes, sources
 // in any orientation. int8 results are integers and must be exact.
 #include <cmath>
+#include <cstring>
 #include <vector>
 
 #include "check.h"
@@ -101,6 +102,41 @@ void test_format() {
   test_product<format, 2>(2100, false);  // longer than one run of sums
 }
 
+// bfloat16 is packed without being widened: what comes out is what its numbers as floats give.
+void test_bfloat16_as_it_lies() {
+  for (const int64_t k : {1, 2, 15, 16, 17, 31, 32, 33, 47, 64, 129}) {
+    for (const int lanes : {kLanes, kLanes - 3, 0}) {
+      for (const bool transposed : {false, true}) {
+        const size_t numbers = static_cast<size_t>(kLanes * k);
+        std::vector<uint16_t> halves(numbers);
+        std::vector<float> floats(numbers);
+        for (size_t i = 0; i < numbers; ++i) {
+          alignas(64) float wide[kLanes];
+          const Half h = to_bf16(set1(next()));
+          alignas(64) uint16_t narrow[kLanes];
+          store_half(narrow, h);
+          store(wide, from_bf16(h));
+          halves[i] = narrow[0];
+          floats[i] = wide[0];
+        }
+        std::vector<char> memory[2];
+        for (int i = 0; i < 2; ++i) {
+          memory[i].assign(static_cast<size_t>(packed_panel_bytes(Format::kBfloat16, k, 1)) + 64,
+                           0x7f);
+          const void* const from =
+              i ? static_cast<const void*>(floats.data()) : static_cast<const void*>(halves.data());
+          pack_columns<Format::kBfloat16>(
+              {static_cast<const char*>(from), i ? Format::kFloat32 : Format::kBfloat16,
+               transposed ? 1 : k, transposed ? kLanes : 1, lanes},
+              k, aligned(memory[i]), kLanes * 4, nullptr, nullptr);
+        }
+        const size_t bytes = static_cast<size_t>(round_up(k, 2) * kLanes * 2);
+        CHECK(std::memcmp(aligned(memory[0]), aligned(memory[1]), bytes) == 0);
+      }
+    }
+  }
+}
+
 // Whole numbers have exact int8 forms, so the sums must be exact, saturation included: 255 x 127.
 void test_int8_is_exact() {
   constexpr int64_t k = 1000;
@@ -181,6 +217,7 @@ void test_products() {
   test_format<Format::kBfloat16>();
   test_format<Format::kFloat16>();
   test_format<Format::kInt8>();
+  test_bfloat16_as_it_lies();
   test_int8_is_exact();
   test_onto<Format::kFloat32>();
   test_onto<Format::kBfloat16>();
