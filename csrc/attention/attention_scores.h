@@ -33,26 +33,24 @@ class PackedRows {
   // Rows become columns: k runs along a row. `rows` of them are read.
   void pack_as_columns(const char* first, Format dtype, int64_t stride, int64_t rows,
                        int64_t size) {
+    constexpr int64_t kVector = kLanes * weight_group_bytes(format);
     panels_ = panels_of(rows);
     k_ = size;
-    pack(rows, [&](int64_t column, int lanes) {
-      return ColumnSource{first + column * stride, dtype, stride / element_bytes(dtype), 1, lanes};
-    });
+    for (int64_t i = 0; i < panels_ * kVectors; ++i) {
+      const int64_t column = i * kLanes;
+      const ColumnSource source{first + column * stride, dtype, stride / element_bytes(dtype), 1,
+                                column < rows ? lanes_left(column, rows) : 0};
+      pack_columns<format>(source, size,
+                           data_ + i / kVectors * panel_bytes_ + i % kVectors * kVector,
+                           kVectors * kVector, nullptr, nullptr);
+    }
   }
-  // Rows stay rows: k runs over them. Some rows at a time, so that they are read as they lie.
+  // Rows stay rows: k runs over them.
   void pack_as_rows(const char* first, Format dtype, int64_t stride, int64_t rows, int64_t size) {
     panels_ = panels_of(size);
-    for (int64_t k = 0; k < rows; k += kPackDepth) {
-      k_ = rows - k < kPackDepth ? rows - k : kPackDepth;
-      pack(
-          size,
-          [&](int64_t column, int lanes) {
-            return ColumnSource{first + k * stride + column * element_bytes(dtype), dtype, 1,
-                                stride / element_bytes(dtype), lanes};
-          },
-          k);
-    }
     k_ = rows;
+    pack_rows<format, kVectors>(first, dtype, stride / element_bytes(dtype), rows, size, 0, panels_,
+                                data_, panel_bytes_);
   }
 
   // The product of `rows` rows with the first `k` of the packed ones; put(panel, row, n, tile)
@@ -80,18 +78,6 @@ class PackedRows {
  private:
   static constexpr int kRows = tile_room(format, kVectors);
 
-  // k_ numbers of each column, from number `begin` on.
-  template <class Source>
-  void pack(int64_t columns, const Source& source, int64_t begin = 0) {
-    constexpr int64_t kVector = kLanes * weight_group_bytes(format);
-    const int64_t before = begin / group_size(format) * kVectors * kVector;
-    for (int64_t i = 0; i < panels_ * kVectors; ++i) {
-      const int64_t first = i * kLanes;
-      char* const to = data_ + i / kVectors * panel_bytes_ + i % kVectors * kVector + before;
-      pack_columns<format>(source(first, first < columns ? lanes_left(first, columns) : 0), k_, to,
-                           kVectors * kVector, nullptr, nullptr);
-    }
-  }
   template <class Run>
   void each(RowsView x, int64_t rows, int64_t k, const Run& run, int64_t panels = -1) const {
     PackedView w;

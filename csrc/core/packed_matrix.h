@@ -251,6 +251,27 @@ inline void pack_columns(const ColumnSource& c, int64_t k, char* dst, int64_t st
   }
 }
 
+// Panels [begin, end) of a matrix that is stored by its k: k rows of `columns` numbers, row_stride
+// numbers apart. `data` is panel 0's place. Some rows at a time for all panels, so that they are
+// read in the order in which they lie. Not for int8, whose scales need whole columns.
+template <Format format, int vectors>
+inline void pack_rows(const char* src, Format dtype, int64_t row_stride, int64_t k, int64_t columns,
+                      int64_t begin, int64_t end, char* data, int64_t panel_bytes) {
+  constexpr int64_t kVectorBytes = kLanes * weight_group_bytes(format);
+  const int bytes = element_bytes(dtype);
+  for (int64_t k0 = 0; k0 < k; k0 += kPackDepth) {
+    const int64_t count = k - k0 < kPackDepth ? k - k0 : kPackDepth;
+    for (int64_t i = begin * vectors; i < end * vectors; ++i) {
+      const int64_t first = i * kLanes;
+      const ColumnSource source{src + (k0 * row_stride + first) * bytes, dtype, 1, row_stride,
+                                first < columns ? lanes_left(first, columns) : 0};
+      char* const to = data + i / vectors * panel_bytes +
+                       (k0 / group_size(format) * vectors + i % vectors) * kVectorBytes;
+      pack_columns<format>(source, count, to, vectors * kVectorBytes, nullptr, nullptr);
+    }
+  }
+}
+
 // Vectors [begin, end) of a matrix whose columns are rows of torch's, k contiguous numbers each, in
 // panels of `vectors`. columns_of(i) says which rows vector i takes: the first of them, and how
 // many there are.

@@ -107,18 +107,11 @@ class AttentionFeedBackward {
       }
     }
     if (!m_.query_weight) return;
-    constexpr int64_t kVector = kLanes * weight_group_bytes(format);
-    const int64_t panel = packed_panel_bytes(format, m_.A, kVectors);
-    for (int64_t p = part(panels_of(s_.H), rank_); p < part(panels_of(s_.H), rank_ + 1); ++p) {
-      for (int v = 0; v < kVectors; ++v) {
-        const int64_t h = p * kPanel + v * kLanes;
-        const ColumnSource columns{m_.query_weight + h * esize_, dtype_, 1, m_.query_stride,
-                                   h < s_.H ? lanes_left(h, s_.H) : 0};
-        pack_columns<format>(columns, m_.A,
-                             call_.workspace + places_.query_weight + p * panel + v * kVector,
-                             kVectors * kVector, nullptr, nullptr);
-      }
-    }
+    const int64_t panels = panels_of(s_.H);
+    pack_rows<format, kVectors>(m_.query_weight, dtype_, m_.query_stride, m_.A, s_.H,
+                                part(panels, rank_), part(panels, rank_ + 1),
+                                call_.workspace + places_.query_weight,
+                                packed_panel_bytes(format, m_.A, kVectors));
   }
 
   // state_grads: the gradients of [h_t; f_t] by the steps after t, a row for each sentence. Those

@@ -89,20 +89,11 @@ class LinearBackwardRun {
 
   // This member's panels of W; the first chunk's barrier completes it.
   void pack() const {
-    constexpr int64_t kVector = kLanes * weight_group_bytes(kFloat);
-    const int64_t panel = packed_panel_bytes(kFloat, call_.N, kVectors);
-    for (int64_t p = part(panels_of(call_.K), rank_); p < part(panels_of(call_.K), rank_ + 1);
-         ++p) {
-      for (int v = 0; v < kVectors; ++v) {
-        const int64_t c = p * kPanel + v * kLanes;
-        const ColumnSource columns{call_.weight.data + c * esize_, kFloat, 1,
-                                   call_.weight.row_stride,
-                                   c < call_.K ? lanes_left(c, call_.K) : 0};
-        pack_columns<kFloat>(columns, call_.N,
-                             call_.workspace + places_.weight + p * panel + v * kVector,
-                             kVectors * kVector, nullptr, nullptr);
-      }
-    }
+    const int64_t panels = panels_of(call_.K);
+    pack_rows<kFloat, kVectors>(call_.weight.data, kFloat, call_.weight.row_stride, call_.N,
+                                call_.K, part(panels, rank_), part(panels, rank_ + 1),
+                                call_.workspace + places_.weight,
+                                packed_panel_bytes(kFloat, call_.N, kVectors));
   }
 
   void input_gradients(int64_t first, int64_t rows) const {

@@ -197,21 +197,16 @@ class BackwardRun {
   template <class GateOf>
   void pack_transposed(const char* src, int64_t row_stride, int64_t n, int64_t k, char* packed,
                        GateOf gate_of) {
-    constexpr int64_t kVector = kLanes * weight_group_bytes(format), kStep = NV * kVector;
+    constexpr int64_t kStep = NV * kLanes * weight_group_bytes(format);
     const int64_t panel = packed_panel_bytes(format, k, NV), segment = places_.padded;
-    for (int64_t b = part(Pl::blocks(n), rank_); b < part(Pl::blocks(n), rank_ + 1); ++b) {
-      char* dst = packed + b * panel;
-      if (s_.H < segment) std::memset(dst, 0, static_cast<size_t>(panel));
-      for (int i = 0; i < Sg::kGates; ++i) {
-        for (int v = 0; v < NV; ++v) {  // of one line, with AVX2
-          const int64_t column = b * Pl::kUnits + v * kLanes;
-          const int lanes = column < n ? lanes_left(column, n) : 0;
-          const char* from = src + (gate_of(i) * s_.H * row_stride + column) * esize_;
-          pack_columns<format>({from, call_.dtype, 1, row_stride, lanes}, s_.H,
-                               dst + v * kVector + i * segment / group_size(format) * kStep, kStep,
-                               nullptr, nullptr);
-        }
-      }
+    const int64_t begin = part(Pl::blocks(n), rank_), end = part(Pl::blocks(n), rank_ + 1);
+    if (s_.H < segment) {
+      std::memset(packed + begin * panel, 0, static_cast<size_t>((end - begin) * panel));
+    }
+    for (int i = 0; i < Sg::kGates; ++i) {
+      pack_rows<format, NV>(src + gate_of(i) * s_.H * row_stride * esize_, call_.dtype, row_stride,
+                            s_.H, n, begin, end, packed + i * segment / group_size(format) * kStep,
+                            panel);
     }
   }
 
