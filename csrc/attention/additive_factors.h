@@ -7,6 +7,9 @@
 // an absolute error of at most 5e-7 in tanh, wherever it is (tests/cpp/additive_isa_test.cpp).
 // Factors up to e^43 cannot overflow in the product nor vanish. A unit of work that meets a larger
 // number, or NaN, is done once more with rows of 2q and 2k, and r = sigmoid(-(2q + 2k)).
+//
+// The sum of v r over two elements takes one reciprocal for both (forward, where it is all that is
+// wanted): v/x + w/y = (v y + w x) / (x y). There factors go up to e^22, that is q and k up to 11.
 #pragma once
 
 #include "attention/additive.h"
@@ -18,6 +21,7 @@ namespace encdec::attention {
 namespace ENCDEC_ISA_NAMESPACE {
 
 constexpr float kLargestDouble = 43.0f;  // of |2q| and |2k|
+constexpr float kLargestOfPairs = 22.0f;
 
 constexpr int64_t row_floats(int64_t size) { return staged_row_bytes(Format::kFloat32, size) / 4; }
 
@@ -30,11 +34,23 @@ ENCDEC_INLINE Float reciprocal_of(Float q, Float k) {
   }
 }
 
+// sum + v.first r.first + v.second r.second.
+template <bool direct>
+ENCDEC_INLINE Float add_weighted(Float sum, Pair v, Pair q, Pair k) {
+  if constexpr (direct) {
+    sum = fma(v.first, reciprocal_of<direct>(q.first, k.first), sum);
+    return fma(v.second, reciprocal_of<direct>(q.second, k.second), sum);
+  } else {
+    const Float x = fma(q.first, k.first, set1(1.0f)), y = fma(q.second, k.second, set1(1.0f));
+    return fma(fma(v.first, y, mul(v.second, x)), reciprocal(mul(x, y)), sum);
+  }
+}
+
 // The factors of `count` numbers of a tensor, in whole vectors. Coverage c adds c times row
-// `coverage_weight` to the numbers. Returns whether all are in range.
+// `coverage_weight` to the numbers. Returns whether all are in range: twice them at most `largest`.
 template <bool direct>
 inline bool factor_row(Format dtype, const char* src, int64_t count, const char* coverage,
-                       const char* coverage_weight, float* dst) {
+                       const char* coverage_weight, float* dst, float largest = kLargestDouble) {
   const int bytes = element_bytes(dtype);
   const Float c = coverage ? set1(reduce_add(load_as(dtype, coverage, 1))) : zero();
   bool good = true;
@@ -46,7 +62,7 @@ inline bool factor_row(Format dtype, const char* src, int64_t count, const char*
     if constexpr (direct) {
       store(dst + a, x);
     } else {
-      good &= !any_not_le(abs(x), set1(kLargestDouble));
+      good &= !any_not_le(abs(x), set1(largest));
       store(dst + a, exp(x));
     }
   }

@@ -18,7 +18,7 @@ struct AdditivePlaces {
 
 inline AdditivePlaces additive_places(const Additive& f) {
   AdditivePlaces p{};
-  p.stride = row_floats(f.shape.A);
+  p.stride = round_up(f.shape.A, kPairFloats);
   p.scores_stride = row_floats(round_up(f.shape.S, kKeyBlock));
   const int64_t rows = round_up(f.query_rows, kTileQueries);
   int64_t at = 0;
@@ -29,7 +29,7 @@ inline AdditivePlaces additive_places(const Additive& f) {
   };
   p.q = take(rows * p.stride);
   p.k = take(kKeyBlock * p.stride);
-  p.v = take(round_up(f.shape.A, kLanes));
+  p.v = take(p.stride);
   p.scores = take(rows * p.scores_stride);
   p.bytes = at;
   return p;
@@ -43,6 +43,8 @@ class AdditiveForward {
         places_(additive_places(call)),
         work_(call.workspace + rank * places_.bytes) {
     const int bytes = element_bytes(call.dtype);
+    // What is behind the numbers of a row, up to a whole pair of vectors, counts for nothing.
+    std::memset(floats(places_.v), 0, static_cast<size_t>(places_.stride * 4));
     for (int64_t a = 0; a < s_.A; a += kLanes) {
       store(floats(places_.v) + a,
             load_as(call.dtype, call.score_weight + a * bytes, lanes_left(a, s_.A)));
@@ -71,37 +73,43 @@ class AdditiveForward {
   float* floats(int64_t place) const { return reinterpret_cast<float*>(work_ + place); }
   float* score_row(int64_t t) const { return floats(places_.scores) + t * places_.scores_stride; }
 
+  template <bool direct>
+  bool row_of_factors(const char* row, const char* coverage, float* to) const {
+    const int64_t whole = round_up(s_.A, kLanes);
+    if (whole < places_.stride) store(to + whole, zero());
+    return factor_row<direct>(call_.dtype, row, s_.A, coverage, call_.coverage_weight, to,
+                              kLargestOfPairs);
+  }
+
   // Sums of v / (1 + q k) for n keys, or false where a factor is out of range.
   template <bool direct>
   bool scores(int64_t b, int64_t first, int64_t rows, int64_t n) {
-    const int64_t stride = places_.stride, whole = round_up(s_.A, kLanes);
+    const int64_t stride = places_.stride;
     float* const q = floats(places_.q);
     float* const k = floats(places_.k);
     const float* const v = floats(places_.v);
     const int bytes = element_bytes(call_.dtype);
     bool good = true;
     for (int64_t t = 0; t < rows; ++t) {
-      good &= factor_row<direct>(call_.dtype, call_.query.at(b, first + t), s_.A, nullptr, nullptr,
-                                 q + t * stride);
+      good &= row_of_factors<direct>(call_.query.at(b, first + t), nullptr, q + t * stride);
     }
     for (int64_t t = rows; t < round_up(rows, kTileQueries); ++t) {
-      std::memset(q + t * stride, 0, static_cast<size_t>(whole * 4));
+      std::memset(q + t * stride, 0, static_cast<size_t>(stride * 4));
     }
     for (int64_t s = 0; good && s < n; s += kKeyBlock) {
       const int64_t count = n - s < kKeyBlock ? n - s : kKeyBlock;
       for (int64_t i = 0; i < kKeyBlock; ++i) {
         if (i < count) {
           const char* c = call_.coverage ? call_.coverage + (b * s_.S + s + i) * bytes : nullptr;
-          good &= factor_row<direct>(call_.dtype, call_.keys.at(b, s + i), s_.A, c,
-                                     call_.coverage_weight, k + i * stride);
+          good &= row_of_factors<direct>(call_.keys.at(b, s + i), c, k + i * stride);
         } else {
-          std::memset(k + i * stride, 0, static_cast<size_t>(whole * 4));
+          std::memset(k + i * stride, 0, static_cast<size_t>(stride * 4));
         }
       }
-      all_sums(q, stride, rows, count, whole, score_row(0) + s, places_.scores_stride,
-               FloatKeys{k, stride},
-               [&](Float sum, Float own, Float key, int64_t a) __attribute__((always_inline)) {
-                 return fma(load(v + a), reciprocal_of<direct>(own, key), sum);
+      all_sums(q, stride, rows, count, stride, score_row(0) + s, places_.scores_stride,
+               PairKeys{k, stride},
+               [&](Float sum, Pair own, Pair key, int64_t a) __attribute__((always_inline)) {
+                 return add_weighted<direct>(sum, numbers_at<Pair>(v + a), own, key);
                });
     }
     return good;

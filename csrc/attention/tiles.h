@@ -3,6 +3,7 @@
 #pragma once
 
 #include <cmath>
+#include <type_traits>
 
 #include "core/math.h"
 #include "core/rows.h"
@@ -15,14 +16,30 @@ using namespace encdec::ENCDEC_ISA_NAMESPACE;
 // The most queries of a tile of sums. A tile has kLanes sums: queries times keys.
 constexpr int kTileQueries = kLanes / 4;
 
+// Two vectors, one behind the other.
+struct Pair {
+  Float first, second;
+};
+constexpr int kPairFloats = 2 * kLanes;
+
+template <class Numbers>
+ENCDEC_INLINE Numbers numbers_at(const float* p) {
+  if constexpr (std::is_same_v<Numbers, Pair>) {
+    return {load(p), load(p + kLanes)};
+  } else {
+    return load(p);
+  }
+}
+
 // out[i * (kLanes / queries) + j]: the sum over all numbers of term(query i's, key j's), where
-// term(sum, q, k, a) adds the part of the vector at a. A row of queries has `size` floats, a
-// multiple of kLanes, and is q_stride floats from the next; key_at(j, a) is the vector at a of key
-// j.
+// term(sum, q, k, a) adds the part of the vector, or the Pair, at a. A row of queries has `size`
+// floats, a multiple of that, and is q_stride floats from the next; key_at(j, a) is what key j has
+// at a.
 template <int queries, class KeyAt, class Term>
 inline void tile_sums(const float* q, int64_t q_stride, int64_t size, float* out,
                       const KeyAt& key_at, const Term& term) {
-  constexpr int keys = kLanes / queries;
+  using Numbers = decltype(key_at(0, 0));
+  constexpr int keys = kLanes / queries, kStep = sizeof(Numbers) / sizeof(float);
   Float sums[kLanes];
 #pragma GCC unroll 16
   for (int i = 0; i < kLanes; ++i) sums[i] = zero();
@@ -30,8 +47,8 @@ inline void tile_sums(const float* q, int64_t q_stride, int64_t size, float* out
     constexpr int kTogether = 4;
 #pragma GCC unroll 16
     for (int j = 0; j < keys; j += kTogether) {
-      for (int64_t a = 0; a < size; a += kLanes) {
-        const Float own = load(q + a);
+      for (int64_t a = 0; a < size; a += kStep) {
+        const Numbers own = numbers_at<Numbers>(q + a);
 #pragma GCC unroll 16
         for (int i = j; i < j + kTogether; ++i) sums[i] = term(sums[i], own, key_at(i, a), a);
       }
@@ -39,13 +56,13 @@ inline void tile_sums(const float* q, int64_t q_stride, int64_t size, float* out
     store(out, sums_of(sums));
     return;
   }
-  for (int64_t a = 0; a < size; a += kLanes) {
-    Float own[queries];
+  for (int64_t a = 0; a < size; a += kStep) {
+    Numbers own[queries];
 #pragma GCC unroll 4
-    for (int i = 0; i < queries; ++i) own[i] = load(q + i * q_stride + a);
+    for (int i = 0; i < queries; ++i) own[i] = numbers_at<Numbers>(q + i * q_stride + a);
 #pragma GCC unroll 16
     for (int j = 0; j < keys; ++j) {
-      const Float key = key_at(j, a);
+      const Numbers key = key_at(j, a);
 #pragma GCC unroll 4
       for (int i = 0; i < queries; ++i) {
         sums[i * keys + j] = term(sums[i * keys + j], own[i], key, a);
@@ -98,6 +115,13 @@ struct FloatKeys {
   const float* data;
   int64_t stride;
   ENCDEC_INLINE Float operator()(int64_t j, int64_t a) const { return load(data + j * stride + a); }
+};
+struct PairKeys {
+  const float* data;
+  int64_t stride;
+  ENCDEC_INLINE Pair operator()(int64_t j, int64_t a) const {
+    return numbers_at<Pair>(data + j * stride + a);
+  }
 };
 
 // Exponentials to where their arguments stood.

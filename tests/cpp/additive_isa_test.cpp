@@ -43,9 +43,44 @@ double worst_error(float range) {
   return worst;
 }
 
+// Of the weighted sum over two elements, relative to the weights: half of what tanh may have.
+double worst_pair_error(float range) {
+  double worst = 0.0;
+  alignas(64) float k[2][kLanes], factors[2][kLanes], own[2][kLanes], out[kLanes];
+  const auto row = [](const float* from, int count, float* to) {
+    return factor_row<false>(Format::kFloat32, reinterpret_cast<const char*>(from), count, nullptr,
+                             nullptr, to, kLargestOfPairs);
+  };
+  const float v = 0.75f, w = -1.25f;
+  for (float q = -range; q <= range; q += range / 97) {
+    const float other = -q * 0.9f;
+    for (float start = -range; start <= range; start += range / 37) {
+      for (int l = 0; l < kLanes; ++l) {
+        k[0][l] = std::fmin(range, start + range / 37 / kLanes * static_cast<float>(l));
+        k[1][l] = l % 2 ? k[0][l] : -k[0][l];
+      }
+      bool good = row(&q, 1, own[0]) && row(&other, 1, own[1]);
+      for (int i = 0; i < 2; ++i) good &= row(k[i], kLanes, factors[i]);
+      CHECK(good);
+      store(out, add_weighted<false>(zero(), {set1(v), set1(w)}, {set1(own[0][0]), set1(own[1][0])},
+                                     {load(factors[0]), load(factors[1])}));
+      for (int l = 0; l < kLanes; ++l) {
+        const auto r = [](double x) { return 1.0 / (1.0 + std::exp(2.0 * x)); };
+        const double exact = v * r(static_cast<double>(q) + static_cast<double>(k[0][l])) +
+                             w * r(static_cast<double>(other) + static_cast<double>(k[1][l]));
+        const double error = std::fabs(out[l] - exact) / (v - w);
+        if (!(error <= worst)) worst = error;
+      }
+    }
+  }
+  return worst;
+}
+
 }  // namespace
 
 void run_tests() {
+  CHECK_NEAR(worst_pair_error(1.0f), 0, 2.5e-7);
+  CHECK_NEAR(worst_pair_error(kLargestOfPairs / 2), 0, 2.5e-7);
   CHECK_NEAR(worst_error<false>(1.0f), 0, 5e-7);
   CHECK_NEAR(worst_error<false>(kLargestDouble / 2), 0, 5e-7);
   CHECK_NEAR(worst_error<true>(1.0f), 0, 5e-7);
