@@ -72,6 +72,10 @@ lint: $(TORCH_STAMP) $(STAMPS)/req-lint ## Check style, types and layers
 triton-report: $(STAMPS)/built $(STAMPS)/req-test ## Compile the Triton kernels for GPUs that need not be here
 	$(PY) -m encdec_fast.triton_kernels.report
 
+.PHONY: gpu-check
+gpu-check: $(STAMPS)/built $(STAMPS)/req-bench ## On a machine with a GPU: are the Triton kernels right, and how fast (BENCH_ARGS="...")
+	$(PY) -m benchmarks.gpu_check $(BENCH_ARGS)
+
 .PHONY: bench-rnn
 bench-rnn: $(STAMPS)/built $(STAMPS)/req-bench ## Measure LSTM, GRU and RNN beside their peers (BENCH_ARGS="...")
 	$(BENCH_ENV) $(PY) -m benchmarks.report rnn $(BENCH_ARGS)

@@ -15,7 +15,7 @@ import triton.language as tl
 from encdec_fast.triton_kernels._configuration import Configuration
 from torch import Tensor
 
-MOST_CLASSES = 4096  # that a program has at a time
+MOST_CLASSES = 2048  # that a program has at a time
 
 
 @triton.jit

@@ -332,10 +332,10 @@ TILES: dict[tuple[str, str, int], Tile] = {
     ("forward", "float", 64): (16, 16, 8, 1, 255),
     ("backward", "half", 16): (32, 64, 8, 3, 255),
     ("backward", "half", 32): (32, 64, 8, 3, 255),
-    ("backward", "half", 64): (32, 64, 8, 3, None),
-    ("backward", "float", 16): (16, 32, 4, 3, None),
-    ("backward", "float", 32): (16, 32, 4, 3, None),
-    ("backward", "float", 64): (16, 32, 8, 3, None),
+    ("backward", "half", 64): (16, 32, 8, 3, 255),
+    ("backward", "float", 16): (32, 32, 4, 1, 255),
+    ("backward", "float", 32): (32, 32, 8, 1, 255),
+    ("backward", "float", 64): (16, 32, 8, 1, 255),
 }
 
 

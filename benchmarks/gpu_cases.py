@@ -1,0 +1,246 @@
+"""What `gpu_check` compares and times: ops with their options, at odd small and at large sizes.
+
+A case is a function of differentiable tensors (leaves). Its leaves are made on the CPU in float64
+and then brought to a device and a dtype, so that every contender starts from the same numbers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from encdec_fast import ops, use_backend
+
+Run = Callable[..., Any]
+
+
+@dataclass(frozen=True)
+class GpuCase:
+    """op, name: what it is. shapes: of the leaves. run: leaves -> a tensor or several.
+
+    peers: by name, functions of the same leaves that give the same results. bytes_moved: of those
+    that are bound by memory, numbers read and written at least. rows: real tokens, where a bar is
+    per token. bar: (peer, how many times faster than it) or ("copy", part of its bandwidth).
+    """
+
+    op: str
+    name: str
+    shapes: tuple[tuple[int, ...], ...]
+    run: Run
+    peers: dict[str, Run] = field(default_factory=dict)
+    training: bool = True
+    dtypes: tuple[str, ...] = ("float32", "bfloat16", "float16")
+    numbers_moved: int = 0
+    bars: tuple[tuple[str, float], ...] = ()
+
+    @property
+    def id(self) -> str:
+        return f"{self.op}, {self.name}"
+
+    def leaves(self, seed: int = 0) -> list[Tensor]:
+        """Numbers from a seed, float64 on the CPU; matrices have the scale of a layer's."""
+        generator = torch.Generator().manual_seed(seed)
+        return [
+            torch.randn(shape, generator=generator, dtype=torch.float64) for shape in self.shapes
+        ]
+
+
+def _recurrent(kind: str, T: int, B: int, I: int, H: int, both: bool, **options: Any) -> GpuCase:
+    gates, directions = {"lstm": 4, "gru": 3, "rnn": 1}[kind], 2 if both else 1
+    own = ((gates * H, I), (gates * H, H), (gates * H,), (gates * H,))
+    states = (2 if kind == "lstm" else 1) * ((directions, B, H),) if options.pop("states") else ()
+    count = 4 * directions
+
+    def run(x: Tensor, *rest: Tensor) -> list[Tensor]:
+        weights = [w * H**-0.5 for w in rest[:count]]
+        given = rest[count:]
+        hx: Any = (given if len(given) > 1 else given[0]) if given else None
+        output, state = getattr(ops, kind)(x, hx, weights, bidirectional=both, **options)
+        return [output, *(state if isinstance(state, tuple) else (state,))]
+
+    def torchs(*leaves: Tensor) -> list[Tensor]:
+        with use_backend("torch"):
+            return run(*leaves)
+
+    said = ", ".join([f"T={T} B={B} I={I} H={H}", *(["both directions"] if both else []), *options])
+    shapes = ((T, B, I), *own * directions, *states)
+    bars = (("torch", 1.0),) if kind == "gru" or "lengths" in options else ()
+    return GpuCase(kind, said, shapes, run, {"torch": torchs}, bars=bars)
+
+
+def _lengths(most: int, count: int) -> list[int]:
+    """From 1 to `most`, in no order, with both."""
+    return [most, 1, *(1 + (7 * i * i + 3 * i) % most for i in range(count - 2))][:count]
+
+
+def _attention(
+    name: str, B: int, H: int, G: int, Tq: int, S: int, D: int, **options: Any
+) -> GpuCase:
+    bias = options.pop("bias", False)
+    shapes = [(B, H, Tq, D), (B, G, S, D), (B, G, S, D), *([(1, H, Tq, S)] if bias else [])]
+
+    def run(q: Tensor, k: Tensor, v: Tensor, *own: Tensor) -> Any:
+        return ops.attention(q, k, v, bias=own[0] if own else None, **options)
+
+    def sdpa(backend: SDPBackend) -> Run:
+        lengths = options.get("memory_lengths")
+
+        def call(q: Tensor, k: Tensor, v: Tensor, *own: Tensor) -> Tensor:
+            mask: Tensor | None = own[0] if own else None
+            if lengths is not None:
+                n = torch.tensor(lengths, device=q.device)
+                mask = (torch.arange(S, device=q.device) < n[:, None])[:, None, None]
+            with sdpa_kernel(backend):
+                return F.scaled_dot_product_attention(
+                    q, k, v, mask, is_causal=options.get("causal", False), enable_gqa=G != H
+                )
+
+        return call
+
+    peers: dict[str, Run] = {}
+    if not options.get("need_weights"):
+        peers = {
+            f"SDPA {backend.name.lower()}": sdpa(backend)
+            for backend in (
+                SDPBackend.FLASH_ATTENTION,
+                SDPBackend.EFFICIENT_ATTENTION,
+                SDPBackend.CUDNN_ATTENTION,
+                SDPBackend.MATH,
+            )
+        }
+    said = f"{name}, B={B} H={H} G={G} Tq={Tq} S={S} D={D}"
+    bars = (("SDPA", 0.9),) if peers else ()
+    return GpuCase("attention", said, tuple(shapes), run, peers, bars=bars)
+
+
+def _additive(name: str, B: int, Tq: int, S: int, A: int, **options: Any) -> GpuCase:
+    shapes = ((B, Tq, A), (B, S, A), (B, S, A), (A,))
+
+    def run(q: Tensor, k: Tensor, v: Tensor, w: Tensor) -> Any:
+        return ops.additive_attention(q, k, v, w * A**-0.5, **options)
+
+    def eager(q: Tensor, k: Tensor, v: Tensor, w: Tensor) -> Tensor:
+        scores = torch.tanh(q.unsqueeze(2) + k.unsqueeze(1)) @ (w * A**-0.5)
+        return scores.softmax(-1) @ v
+
+    peers: dict[str, Run] = {"torch": eager, "torch.compile": torch.compile(eager)}
+    peers = peers if not options else {}
+    bars = (("torch", 8.0), ("torch.compile", 3.0)) if peers else ()
+    said = f"{name}, B={B} Tq={Tq} S={S} A={A}"
+    return GpuCase("additive_attention", said, shapes, run, peers, bars=bars)
+
+
+def _linear(M: int, N: int, K: int, activation: str | None, norm: str | None) -> GpuCase:
+    """Bias and activation, or bias, residual and norm."""
+    shapes = ((M, K), (N, K), (N,), *([(M, N), (N,), (N,)] if norm else []))
+
+    def run(x: Tensor, weight: Tensor, bias: Tensor, *own: Tensor) -> Tensor:
+        residual, norm_weight, norm_bias = own or (None, None, None)
+        return ops.linear(
+            x,
+            weight * K**-0.5,
+            bias,
+            activation=activation,
+            residual=residual,
+            norm=norm,
+            norm_weight=norm_weight,
+            norm_bias=norm_bias,
+        )
+
+    def torchs(*leaves: Tensor) -> Tensor:
+        with use_backend("torch"):
+            found: Tensor = run(*leaves)
+            return found
+
+    said = f"{activation or norm}, M={M} N={N} K={K}"
+    return GpuCase("linear", said, shapes, run, {"torch": torchs})
+
+
+def _bridge(M: int, H: int, C: int) -> GpuCase:
+    shapes = ((M, H), (M, C), (H, H + C), (H, C), (H,))
+
+    def run(s: Tensor, c: Tensor, gate: Tensor, candidate: Tensor, bias: Tensor) -> Tensor:
+        scale = (H + C) ** -0.5
+        return ops.gated_bridge(s, c, gate * scale, candidate * scale, bias)
+
+    return GpuCase("gated_bridge", f"M={M} H={H} C={C}", shapes, run)
+
+
+def _cross_entropy(N: int, V: int, smoothing: float) -> GpuCase:
+    def target(device: torch.device) -> Tensor:
+        found = torch.arange(N, device=device) * 7919 % V
+        return torch.where(torch.arange(N, device=device) % 5 == 4, -100, found)
+
+    def run(logits: Tensor) -> Tensor:
+        return ops.cross_entropy(logits, target(logits.device), label_smoothing=smoothing)
+
+    def torchs(logits: Tensor) -> Tensor:
+        return F.cross_entropy(logits, target(logits.device), label_smoothing=smoothing)
+
+    peers = {"torch": torchs, "torch.compile": torch.compile(torchs)}
+    moved = 3 * N * V  # read twice, written once
+    said = f"smoothing {smoothing}, N={N} V={V}"
+    return GpuCase(
+        "cross_entropy", said, ((N, V),), run, peers, numbers_moved=moved, bars=(("copy", 0.8),)
+    )
+
+
+def parity_cases() -> Iterator[GpuCase]:
+    """Every op with its options, at sizes that fill no tile and at some that do."""
+    for kind in ("lstm", "gru", "rnn"):
+        yield _recurrent(kind, 5, 3, 4, 33, False, states=False)
+        yield _recurrent(kind, 6, 19, 16, 64, True, states=True, lengths=_lengths(6, 19))
+    yield _recurrent("lstm", 3, 70, 8, 16, False, states=True, lengths=_lengths(3, 70))
+    lengths = _lengths(70, 2)
+    sizes = (2, 4, 2, 33, 70, 40)
+    yield _attention("all keys", *sizes)
+    yield _attention("lengths", *sizes, memory_lengths=lengths)
+    yield _attention("bias", *sizes, bias=True)
+    yield _attention("causal", 2, 4, 4, 65, 65, 64, causal=True)
+    yield _attention("weights", *sizes, need_weights=True, memory_lengths=lengths)
+    yield _attention("mean weights", *sizes, need_weights=True, average_weights=True)
+    yield _attention("one query", 2, 4, 2, 1, 300, 64, memory_lengths=_lengths(300, 2))
+    yield _additive("all keys", 2, 5, 33, 40)
+    yield _additive("lengths", 2, 5, 33, 40, memory_lengths=_lengths(33, 2))
+    yield _additive("weights", 2, 5, 33, 64, need_weights=True)
+    for activation in ("relu", "gelu", "gelu_tanh", "silu"):
+        yield _linear(5, 40, 17, activation, None)
+    for norm in ("layer", "rms"):
+        yield _linear(5, 40, 17, None, norm)
+    yield _bridge(7, 40, 24)
+    yield _cross_entropy(6, 5000, 0.1)
+    yield _cross_entropy(6, 33, 0.0)
+
+
+def speed_cases() -> Iterator[GpuCase]:
+    """The sizes of the bars."""
+    yield _additive("all keys", 64, 64, 256, 512)
+    for D in (64, 128):
+        yield _attention("all keys", 16, 16, 16, 512, 512, D)
+        yield _attention("lengths", 16, 16, 16, 512, 512, D, memory_lengths=_lengths(512, 16))
+        yield _attention("bias", 16, 16, 16, 512, 512, D, bias=True)
+    yield _attention("one query", 32, 16, 16, 1, 1024, 64, memory_lengths=_lengths(1024, 32))
+    for kind, H in (("gru", 128), ("gru", 512), ("lstm", 128), ("lstm", 512)):
+        yield _recurrent(kind, 50, 32, H, H, False, states=False)
+        yield _recurrent(kind, 50, 32, H, H, False, states=False, lengths=_lengths(50, 32))
+    yield _linear(8192, 2048, 512, "gelu", None)
+    yield _linear(8192, 512, 2048, None, "layer")
+    yield _bridge(4096, 512, 512)
+    yield _cross_entropy(4096, 32000, 0.1)
+
+
+def on(device: torch.device, dtype: torch.dtype, leaves: Sequence[Tensor]) -> list[Tensor]:
+    """Copies of the leaves that ask for gradients."""
+    return [leaf.to(device, dtype).requires_grad_() for leaf in leaves]
+
+
+def asked(name: str) -> AbstractContextManager[None]:
+    """Where a contender runs: ours on Triton, the truth and the yardstick on the reference."""
+    return use_backend(name)

@@ -1,0 +1,165 @@
+"""The command for a machine with a GPU, as far as the interpreter can run it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from benchmarks import gpu_cases, gpu_check
+from benchmarks.gpu_cases import GpuCase
+from encdec_fast.ops import _triton
+
+
+@pytest.fixture
+def check(interpreter: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., int]:
+    """The command on the CPU; it writes into a directory of the test's."""
+    monkeypatch.setattr(gpu_check, "RESULTS", tmp_path)
+    flags = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
+
+    def run(*arguments: str) -> int:
+        try:
+            return gpu_check.main(["--device", "cpu", *arguments])
+        finally:
+            torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = flags
+
+    return run
+
+
+def small(run: Callable[..., Any], *shapes: tuple[int, ...], **fields: Any) -> GpuCase:
+    return GpuCase("additive_attention", "small", shapes, run, **fields)
+
+
+def test_parity(check: Callable[..., int], capfd: pytest.CaptureFixture[str]) -> None:
+    assert check("--op", "gated_bridge", "cross_entropy") == 0
+    shown = capfd.readouterr()
+    assert shown.err.count(": right") == 9  # a bridge and two losses, in three dtypes
+    assert "WRONG" not in shown.err and "Parity" in shown.out
+
+
+def test_what_is_wrong_is_found(
+    check: Callable[..., int],
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+    tmp_path: Path,
+) -> None:
+    kernels = _triton.kernels("gated_bridge")
+    forward = kernels.forward
+
+    def wrong(*arguments: Any) -> list[Tensor]:
+        result, *others = forward(*arguments)
+        return [result * 1.05, *others]
+
+    monkeypatch.setattr(kernels, "forward", wrong)
+    assert check("--op", "gated_bridge", "cross_entropy", "--save", "found") == 1
+    assert capfd.readouterr().err.count("WRONG") == 3
+    found = json.loads((tmp_path / "found.json").read_text())
+    assert [line["right"] for line in found["lines"]] == [False] * 3 + [True] * 6
+    assert "interpreter" in found["gpu"] and "gated_bridge" in (tmp_path / "found.md").read_text()
+
+
+def test_a_broken_kernel_hides_no_other(
+    check: Callable[..., int], monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    def broken(*arguments: Any) -> None:
+        raise RuntimeError("no such instruction")
+
+    monkeypatch.setattr(_triton.kernels("gated_bridge"), "forward", broken)
+    assert check("--op", "gated_bridge", "cross_entropy") == 1
+    shown = capfd.readouterr().err
+    assert shown.count("no such instruction") == 3 and shown.count(": right") == 6
+
+
+def test_speed(check: Callable[..., int], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Who agrees is timed and held to the bars; who does not, or cannot, is left out."""
+
+    def refuses(x: Tensor, y: Tensor) -> Tensor:
+        raise RuntimeError("no kernel found")
+
+    def run(x: Tensor, y: Tensor) -> Tensor:
+        return x * y
+
+    peers = {"torch": lambda x, y: y * x, "wrong": lambda x, y: x + y, "absent": refuses}
+    bars = (("torch", 0.01), ("copy", 1e-9))
+    case = small(run, (40, 30), (40, 30), peers=peers, bars=bars, numbers_moved=1)
+    monkeypatch.setattr(gpu_check, "speed_cases", lambda: [case])
+    assert check("--part", "speed", "--save", "speed") == 0
+    lines = json.loads((tmp_path / "speed.json").read_text())["lines"]
+    assert [line["dtype"] for line in lines] == ["float32", "bfloat16"]
+    for line in lines:
+        assert set(line["seconds"]) == {"encdec_fast", "torch"}
+        assert all(seconds > 0 for seconds in line["seconds"].values())
+        assert set(line["bars"]) == {"over torch", "of the bandwidth of a copy"}
+
+
+def test_nothing_is_timed_that_is_wrong(
+    check: Callable[..., int], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    asked: list[str] = []
+
+    def run(x: Tensor) -> Tensor:  # another result on every call
+        asked.append("")
+        return x * len(asked)
+
+    monkeypatch.setattr(gpu_check, "speed_cases", lambda: [small(run, (4, 5))])
+    assert check("--part", "speed", "--save", "wrong") == 1
+    lines = json.loads((tmp_path / "wrong.json").read_text())["lines"]
+    assert all("off by" in line["problem"] and not line["seconds"] for line in lines)
+
+
+def test_time_that_is_over_is_said(
+    check: Callable[..., int], capfd: pytest.CaptureFixture[str]
+) -> None:
+    assert check("--op", "cross_entropy", "--budget", "0") == 1
+    assert capfd.readouterr().err.count("no time was left for it") == 6
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["--op", "lstms"], "no such op: lstms"),
+        (["--save", "a/b"], "--save"),
+        (["--part", "speeds"], "invalid choice"),
+    ],
+)
+def test_wrong_arguments(
+    arguments: list[str],
+    says: str,
+    check: Callable[..., int],
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        check(*arguments)
+    assert stopped.value.code == 2
+    assert says in capfd.readouterr().err
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_without_a_gpu(capfd: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        gpu_check.main([])
+    assert stopped.value.code == 2
+    assert "there is no GPU here" in capfd.readouterr().err
+
+
+def test_every_op_is_there() -> None:
+    """Each family of kernels has a case of parity."""
+    ops = {case.op for case in gpu_cases.parity_cases()}
+    assert ops == {
+        "additive_attention",
+        "attention",
+        "cross_entropy",
+        "gated_bridge",
+        "gru",
+        "linear",
+        "lstm",
+        "rnn",
+    }
+    assert {case.op for case in gpu_cases.speed_cases()} == ops - {"rnn"}
+    names = [case.id for case in (*gpu_cases.parity_cases(), *gpu_cases.speed_cases())]
+    assert len(set(names)) == len(names)
