@@ -132,6 +132,53 @@ def test_infinities(name: str) -> None:
         )
 
 
+@pytest.mark.parametrize("offset", [1e3, -1e5])
+@SMOOTHING
+def test_large_logits(offset: float, smoothing: float, name: str) -> None:
+    """What all logits of a row have in common costs no digits beyond their own."""
+    logits, target = torch.randn(8, 100) + offset, torch.randint(100, (8,))
+    exact = run(F.cross_entropy, logits.double(), target, label_smoothing=smoothing)
+    theirs = run(F.cross_entropy, logits, target, label_smoothing=smoothing)
+    with use_backend(name):
+        found = run(cross_entropy, logits, target, label_smoothing=smoothing)
+    for result, their, true in zip(found, theirs, exact, strict=True):
+        allowed = 3 * (their.double() - true).abs().max() + 5e-7 * true.abs().max()
+        assert (result.double() - true).abs().max() <= allowed
+
+
+def test_a_class_ruled_out_that_is_right(name: str) -> None:
+    logits = torch.tensor([[0.5, -torch.inf, 1.0]])
+    for smoothing in (0.0, 0.1):
+        with use_backend(name):
+            assert cross_entropy(logits, torch.tensor([1]), label_smoothing=smoothing) == torch.inf
+
+
+def test_losses_may_be_changed(name: str) -> None:
+    logits, target = make((4, 6), torch.float32)
+
+    def weighed(function: Any) -> Any:
+        def call(own: Tensor) -> Tensor:
+            losses: Tensor = function(own, target, reduction="none")
+            losses *= torch.arange(4)
+            return losses
+
+        return call
+
+    with use_backend(name):
+        found = run(weighed(cross_entropy), logits)
+    torch.testing.assert_close(found, run(weighed(F.cross_entropy), logits))
+
+
+def test_autocast(name: str) -> None:
+    """float32, as torch's, whatever the logits have; backward may be inside of it or not."""
+    logits, target = make((4, 6), torch.bfloat16)
+    with torch.autocast("cpu", torch.bfloat16), use_backend(name):
+        assert cross_entropy(logits, target).dtype == torch.float32
+        loss, grad = run(cross_entropy, logits, target)
+    assert F.cross_entropy(logits, target).dtype == torch.bfloat16 == grad.dtype
+    torch.testing.assert_close(loss, F.cross_entropy(logits.float(), target))
+
+
 BAD: dict[str, tuple[Any, type[Exception], str]] = {
     "reduction": ({"reduction": "median"}, ValueError, "reduction"),
     "smoothing": ({"label_smoothing": 1.5}, RuntimeError, "label_smoothing"),
@@ -158,7 +205,7 @@ def test_targets_are_clamped(interpreter: None) -> None:
     """What nobody has checked, as on a GPU, reads nothing outside of its row."""
     kernels = encdec_fast.ops._triton.kernels("cross_entropy")
     logits = torch.randn(2, 5)
-    losses, _ = kernels.forward(logits, torch.tensor([99, -7]), -100, 0.0)
+    losses, *_ = kernels.forward(logits, torch.tensor([99, -7]), -100, 0.0)
     expected = F.cross_entropy(logits, torch.tensor([4, 0]), reduction="none")
     torch.testing.assert_close(losses, expected)
 

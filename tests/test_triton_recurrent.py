@@ -84,7 +84,7 @@ def test_replays(kind: str, name: str, interpreter: None, monkeypatch: pytest.Mo
     counts = choose(monkeypatch, False)
     captured: list[int] = []
 
-    def capture(launch: Any, tensors: Any) -> Any:
+    def capture(launch: Any, tensors: Any, device: torch.device) -> Any:
         captured.append(len(counts))
         return lambda: launch(tensors)
 
@@ -96,6 +96,23 @@ def test_replays(kind: str, name: str, interpreter: None, monkeypatch: pytest.Mo
         check_gradients(kind, CASES[name], torch.float32, "triton")
     # Forward and backward, the same for both layers; packed data mostly has another size each time.
     assert len(captured) == 2 or (CASES[name].ragged == "packed" and len(captured) in (4, 6))
+
+
+def test_a_replay_serves_other_modes(interpreter: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tensors that were made in inference mode could be written nowhere else."""
+    replay = _triton.kernels("_replay")
+    monkeypatch.setattr(replay, "capture", lambda launch, own, device: lambda: launch(own))
+    replays = replay.Replays()
+
+    def double(tensors: Any) -> None:
+        torch.mul(tensors[0], 2, out=tensors[1])
+
+    for mode in (torch.inference_mode, torch.no_grad, torch.inference_mode):
+        for value in (1.0, 2.0, 3.0):
+            with mode():
+                given, to = torch.full((2,), value), torch.zeros(2)
+                replays.run("", (given, to), [0], [1], double)
+                assert to.tolist() == [2 * value] * 2
 
 
 @ALL

@@ -6,7 +6,6 @@ own; a call copies what it is given into them, replays, and copies back what the
 
 from __future__ import annotations
 
-import threading
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Sequence
 from typing import TypeAlias
@@ -14,16 +13,21 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
+from encdec_fast.backends.locks import ForkSafeLock
+
 Tensors: TypeAlias = Sequence[Tensor | None]
 Launch: TypeAlias = Callable[[Tensors], None]
 
 _MOST = 16  # graphs that are kept; each holds its tensors
 
 
-def capture(launch: Launch, tensors: Tensors) -> Callable[[], None]:
+def capture(launch: Launch, tensors: Tensors, device: torch.device) -> Callable[[], None]:
     """Record what `launch` does with these tensors; the result does it again."""
+    launch(tensors)  # compiled for these very tensors, which cannot happen in a capture
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    # A stream of this device, and no stop for what other threads do meanwhile.
+    stream = torch.cuda.Stream(device)
+    with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
         launch(tensors)
     return graph.replay
 
@@ -32,13 +36,13 @@ class Replays:
     """The graphs of one kind of launches, the latest used ones."""
 
     def __init__(self) -> None:
-        self._kept: OrderedDict[Hashable, tuple[list[Tensor | None], Callable[[], None]] | None]
-        self._kept = OrderedDict()
-        self._lock = threading.Lock()
+        # None: seen once.
+        self._kept: OrderedDict[Hashable, tuple[Tensors, Callable[[], None]] | None] = OrderedDict()
+        self._lock = ForkSafeLock()
 
     def run(
         self,
-        key: Hashable,
+        kind: Hashable,
         tensors: Tensors,
         read: Sequence[int],
         written: Sequence[int],
@@ -46,31 +50,32 @@ class Replays:
     ) -> None:
         """Do what `launch(tensors)` does.
 
-        key: whatever shapes the launches beside the tensors' sizes. read, written: the numbers of
+        kind: whatever shapes the launches beside the tensors' sizes. read, written: the numbers of
         the tensors whose contents matter before and after. The first call of a kind launches,
-        because many kinds never come again, and because a kernel must be compiled before it can be
-        captured.
+        because many kinds never come again.
         """
-        first = next(t for t in tensors if t is not None)
-        stream = torch.cuda.current_stream(first.device).cuda_stream if first.is_cuda else 0
+        device = next(t for t in tensors if t is not None).device
+        stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
         sizes = tuple(None if t is None else (t.shape, t.dtype) for t in tensors)
-        whole = (key, sizes, first.device, stream)
-        with self._lock:  # from copy to copy: the tensors belong to one call at a time
-            if whole not in self._kept:
-                self._kept[whole] = None
+        key = (kind, sizes, device, stream)
+        with self._lock.current:  # from copy to copy: the tensors belong to one call at a time
+            if key not in self._kept:
+                self._kept[key] = None
                 if len(self._kept) > _MOST:
                     self._kept.popitem(last=False)
                 launch(tensors)
                 return
-            self._kept.move_to_end(whole)
-            kept = self._kept[whole]
+            self._kept.move_to_end(key)
+            kept = self._kept[key]
             if kept is None:
-                own = [None if t is None else t.clone() for t in tensors]
-                kept = self._kept[whole] = own, capture(launch, own)
-            own, replay = kept
-            _copy(read, tensors, own)
+                # Not inference tensors, which could be written in inference mode only.
+                with torch.inference_mode(False):
+                    own = [None if t is None else t.clone() for t in tensors]
+                kept = self._kept[key] = own, capture(launch, own, device)
+            mine, replay = kept
+            _copy(read, tensors, mine)
             replay()
-            _copy(written, own, tensors)
+            _copy(written, mine, tensors)
 
 
 def _copy(numbers: Sequence[int], source: Tensors, to: Tensors) -> None:

@@ -81,11 +81,15 @@ class AttentionRun : private Scores {
   // A tile's queries for the product: staged, or as they lie where they are rows of one head that
   // the product reads to their end and no further.
   RowsView queries(const QueryTile& t) const {
-    const bool whole =
-        format == Format::kFloat32 || (format == Format::kBfloat16 && call_.D % (2 * kLanes) == 0);
+    const char* const first = row_of(call_.query, t, 0);
+    const int64_t stride = call_.query.row_stride;
+    const bool words =
+        (reinterpret_cast<uintptr_t>(first) | static_cast<uint64_t>(stride)) % 4 == 0;
+    const bool whole = format == Format::kFloat32 ||
+                       (format == Format::kBfloat16 && call_.D % (2 * kLanes) == 0 && words);
     if (whole && call_.dtype == format &&
         t.first / t.queries == (t.first + t.rows - 1) / t.queries) {
-      return {row_of(call_.query, t, 0), call_.query.row_stride};
+      return {first, stride};
     }
     for (int64_t r = 0; r < t.rows; ++r) {
       stage_row<format>(row_of(call_.query, t, r), call_.dtype, call_.D,

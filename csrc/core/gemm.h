@@ -33,7 +33,8 @@ inline int tile_rows(Format format, int vectors) {
 }
 
 // The left side: word g of row r is at data + r * stride + g * step (bytes). Staged rows have their
-// words side by side; a matrix of floats that is stored by columns is read as it lies.
+// words side by side; a matrix of floats that is stored by columns is read as it lies, and so are
+// rows of floats or of pairs of bfloat16 that need no padding.
 struct RowsView {
   const char* data;
   int64_t stride;

@@ -133,7 +133,7 @@ inline void prefetch_columns(const ColumnSource& c, int64_t k0, int count) {
 }
 
 // pack_columns of bfloat16 from bfloat16: no number changes, and words of two k are moved as they
-// lie.
+// lie. An odd last k has a zero beside it.
 inline void pack_halves(const ColumnSource& c, int64_t k, char* dst, int64_t step) {
   const auto half_at = [&](int64_t k0) __attribute__((always_inline)) {
     const char* const p = c.src + k0 * c.k_stride * 2;

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 from typing import Any, NamedTuple, TypeAlias
 
@@ -13,6 +14,7 @@ State: TypeAlias = Tensor | None
 # output, h_n, c_n (LSTM only), every c_t (LSTM only, where asked for)
 LayerResult: TypeAlias = tuple[Tensor, Tensor, State, State]
 
+_NOTHING = contextlib.nullcontext()
 PLAIN_TYPES = frozenset({Tensor, torch.nn.Parameter})
 CELLS = {"lstm": 0, "gru": 1, "rnn_tanh": 2, "rnn_relu": 3}  # as the C++ ops number them
 GRAPHS = ("compile", "dispatch")  # contexts in which sizes may be symbols, and the op is called
@@ -115,6 +117,11 @@ def autocasting(device: str) -> bool:
     if not torch._C._is_any_autocast_enabled() or not torch.amp.is_autocast_available(device):
         return False
     return torch.is_autocast_enabled(device)
+
+
+def without_autocast(device: str) -> contextlib.AbstractContextManager[Any]:
+    """For gradients: torch.autocast off, which may be on around backward and not around forward."""
+    return torch.autocast(device, enabled=False) if autocasting(device) else _NOTHING
 
 
 def needs_grad(input: Tensor, h0: State, c0: State, weights: list[Tensor]) -> bool:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from encdec_fast.backends import Backend, requested_backend
 from encdec_fast.ops import _triton
-from encdec_fast.ops._call import LayerResult, RecurrentCall, State
+from encdec_fast.ops._call import LayerResult, RecurrentCall, State, without_autocast
 from encdec_fast.ops._checks import check_batch_sizes, check_weights
 from encdec_fast.ops._torch import why_not as torch_why_not
 
@@ -275,7 +275,7 @@ def _backward(
 def backward(
     call: RecurrentCall, grads: tuple[State, State, State, State], input: Tensor, *rest: Any
 ) -> tuple[Tensor, list[Tensor], State, State]:
-    with torch.cuda.device_of(input):
+    with torch.cuda.device_of(input), without_autocast(call.device):
         return _backward(call, grads, input, *rest)
 
 

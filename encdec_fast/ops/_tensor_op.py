@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from encdec_fast.backends import Backend, select
-from encdec_fast.ops._call import GRAPHS, State
+from encdec_fast.ops._call import GRAPHS, State, without_autocast
 from encdec_fast.ops._derivatives import Function, double_backward, recompute
 
 # The tensors of a call and its metadata -> every result and every saved tensor.
@@ -37,7 +37,7 @@ class TensorOp:
     """An op by name.
 
     tensors, flags, results, saved: pieces of its schema. differentiable: how many of the tensors
-    are. make_call: (tensors, flags, training) -> metadata with `training` and `context`.
+    are. make_call: (tensors, flags, training) -> metadata with `device`, `training`, `context`.
     reference and fake: (call, *tensors) -> (*results, *saved), where a result that the call does
     not want is an empty tensor; `saved` is left out unless call.training.
     layout: gives a gradient the strides in which the op returns it.
@@ -103,7 +103,8 @@ class TensorOp:
         call = self.make_call(tensors, flags, True)
         backend = self.backends[int(kept[-1])]
         assert backend.backward is not None
-        found = backend.backward(call, grads, tensors, kept[:-1])
+        with without_autocast(call.device):
+            found = backend.backward(call, grads, tensors, kept[:-1])
         return self._returned(self._gradients(found, tensors))
 
     def _returned(self, results: Sequence[Any]) -> Any:

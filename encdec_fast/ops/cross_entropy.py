@@ -8,11 +8,11 @@
     result   "none": (N), 0 where the target is ignored; "sum": (); "mean": (), over the rows that
              count, NaN if there are none
 
-logits have a floating dtype, and the result has it too; sums are kept in float32 or wider. Training
-keeps one number per row, and backward writes the gradient of the logits: beside the logits
-themselves nothing of their size is in memory. On a GPU targets are not read back: one that is no
-class counts as the nearest, and with ENCDEC_FAST_CHECK=1 it raises IndexError, as it always does on
-the CPU.
+logits have a floating dtype, and the result has it too, under torch.autocast float32; sums are kept
+in float32 or wider. Training keeps two numbers per row, and backward writes the gradient of the
+logits: beside the logits themselves nothing of their size is in memory. On a GPU targets are not
+read back: one that is no class counts as the nearest, and with ENCDEC_FAST_CHECK=1 it raises
+IndexError, as it always does on the CPU.
 
 Label smoothing: Szegedy et al., 2016 (arXiv:1512.00567). The running maximum and sum: Milakov and
 Gimelshein, 2018 (arXiv:1805.02867).
@@ -29,7 +29,7 @@ from torch.nn import functional as F
 
 from encdec_fast.backends import Backend, Description, explained_by, select
 from encdec_fast.ops import _triton
-from encdec_fast.ops._call import GRAPHS, State, context_of, needs_gradient
+from encdec_fast.ops._call import GRAPHS, State, autocasting, context_of, needs_gradient
 from encdec_fast.ops._checks import check_device_values
 from encdec_fast.ops._derivatives import recompute
 from encdec_fast.ops._tensor_op import TensorOp, reference_backend
@@ -74,14 +74,21 @@ def _wide(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
+def _with_sums(call: CrossEntropyCall, wide: Tensor, losses: Tensor) -> tuple[Tensor, ...]:
+    """The losses, and in training what the schema has beside them."""
+    if not call.training:
+        return (losses,)
+    maxima = wide.amax(1)
+    return losses, maxima, (wide - maxima.unsqueeze(1)).exp().sum(1).log()
+
+
 def _reference(call: CrossEntropyCall, logits: Tensor, target: Tensor) -> tuple[Tensor, ...]:
     wide = logits.to(_wide(call.dtype))
-    losses = reference(wide, target, call.ignore_index, call.label_smoothing)
-    return (losses, wide.logsumexp(1)) if call.training else (losses,)
+    return _with_sums(call, wide, reference(wide, target, call.ignore_index, call.label_smoothing))
 
 
 def _fake(call: CrossEntropyCall, logits: Tensor, target: Tensor) -> tuple[Tensor, ...]:
-    rows = [logits.new_empty(logits.shape[:1], dtype=_wide(call.dtype)) for _ in range(2)]
+    rows = [logits.new_empty(logits.shape[:1], dtype=_wide(call.dtype)) for _ in range(3)]
     return tuple(rows) if call.training else (rows[0],)
 
 
@@ -91,7 +98,7 @@ OP = TensorOp(
     differentiable=1,
     flags="int ignore_index, float label_smoothing",
     results="Tensor losses",
-    saved="Tensor log_sums",
+    saved="Tensor maxima, Tensor log_sums",
     make_call=_call,
     reference=_reference,
     fake=_fake,
@@ -112,8 +119,8 @@ def _triton_run(call: CrossEntropyCall, logits: Tensor, target: Tensor) -> tuple
     with torch.cuda.device_of(logits):
         own = _triton.contiguous((logits, target), logits.device)
         flags = (call.ignore_index, call.label_smoothing)
-        found = _triton.kernels("cross_entropy").forward(*own, *flags)
-        return tuple(found) if call.training else (found[0],)
+        found: tuple[Tensor, ...] = _triton.kernels("cross_entropy").forward(*own, *flags)
+        return found if call.training else found[:1]
 
 
 def _triton_backward(
@@ -121,7 +128,7 @@ def _triton_backward(
 ) -> list[State]:
     logits, target = tensors
     with torch.cuda.device_of(logits):
-        own = _triton.contiguous((grads[0], logits, target, kept[1]), logits.device)
+        own = _triton.contiguous((grads[0], logits, target, *kept[1:3]), logits.device)
         flags = (call.ignore_index, call.label_smoothing)
         return [_triton.kernels("cross_entropy").backward(*own, *flags)]
 
@@ -132,8 +139,7 @@ def _torch(call: CrossEntropyCall, logits: Tensor, target: Tensor) -> tuple[Tens
         "ignore_index": call.ignore_index,
         "label_smoothing": call.label_smoothing,
     }
-    losses = F.cross_entropy(wide, target, reduction="none", **flags)
-    return (losses, wide.logsumexp(1)) if call.training else (losses,)
+    return _with_sums(call, wide, F.cross_entropy(wide, target, reduction="none", **flags))
 
 
 def _torch_backward(
@@ -229,9 +235,10 @@ def cross_entropy(
             label_smoothing=smoothing,
         )
     (losses,) = OP.emit(call, (rows, own), flags)
-    if reduction == "none":
-        return losses.to(logits.dtype).view(target.shape)
+    dtype = torch.float32 if autocasting(call.device) else logits.dtype
+    if reduction == "none":  # a copy, which may be changed: the op keeps its own for backward
+        return losses.to(dtype, copy=True).view(target.shape)
     total = losses.sum()
     if reduction == "mean":
         total = total / (target != ignore_index).sum()
-    return total.to(logits.dtype)
+    return total.to(dtype)
