@@ -13,6 +13,8 @@
 namespace encdec::attention {
 namespace ENCDEC_ISA_NAMESPACE {
 
+constexpr int64_t kNearRow = 2048;  // bytes from a row of queries to the next, to be read in place
+
 struct AttentionPlaces {
   int64_t head_keys, head_bytes;  // of a packed head: its values; all of it
   int64_t member, member_bytes;
@@ -79,7 +81,8 @@ class AttentionRun : private Scores {
   }
 
   // A tile's queries for the product: staged, or as they lie where they are rows of one head that
-  // the product reads to their end and no further.
+  // the product reads to their end and no further. Rows that are 4 KB apart would all
+  // meet in one set of L1.
   RowsView queries(const QueryTile& t) const {
     const char* const first = row_of(call_.query, t, 0);
     const int64_t stride = call_.query.row_stride;
@@ -87,7 +90,7 @@ class AttentionRun : private Scores {
         (reinterpret_cast<uintptr_t>(first) | static_cast<uint64_t>(stride)) % 4 == 0;
     const bool whole = format == Format::kFloat32 ||
                        (format == Format::kBfloat16 && call_.D % (2 * kLanes) == 0 && words);
-    if (whole && call_.dtype == format &&
+    if (whole && call_.dtype == format && stride <= kNearRow &&
         t.first / t.queries == (t.first + t.rows - 1) / t.queries) {
       return {first, stride};
     }
