@@ -31,8 +31,8 @@ def kernels(request: pytest.FixtureRequest) -> Iterator[str]:
 
 
 @pytest.fixture(params=["cpu", "torch", "reference"])
-def coarse_backend(request: pytest.FixtureRequest) -> str:
-    """Every backend that holds weights in fewer bits."""
+def other_backend(request: pytest.FixtureRequest) -> str:
+    """Every backend but Triton's, for what that has no kernel of."""
     name: str = request.param
     if name == "cpu":
         skip_without_native()

@@ -115,11 +115,11 @@ def test_gradients_are_torchs(kind: str) -> None:
 
 @KINDS
 @pytest.mark.parametrize("weight_dtype", [torch.bfloat16, "int8"], ids=str)
-def test_weight_dtype(kind: str, weight_dtype: Any, coarse_backend: str) -> None:
+def test_weight_dtype(kind: str, weight_dtype: Any, other_backend: str) -> None:
     theirs, ours = make(kind)
     ours.weight_dtype = weight_dtype
     x, hx = torch.randn(3, 5), states(kind, 3)
-    with torch.no_grad(), use_backend(coarse_backend):
+    with torch.no_grad(), use_backend(other_backend):
         results = flat(ours(x, hx))
         expected = flat(theirs(x, hx))
     # A unit of an int8 weight is 1/127 of the largest of its row, and there are 22 products.

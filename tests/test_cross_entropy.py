@@ -246,3 +246,45 @@ def test_compile() -> None:
         run(compiled, logits, target), run(F.cross_entropy, logits, target), strict=True
     ):
         torch.testing.assert_close(result, true)
+
+
+MODULES: dict[str, tuple[dict[str, Any], tuple[int, ...], Any]] = {
+    "rows": ({}, (5, 7), lambda: torch.randint(7, (5,))),
+    "one row": ({"reduction": "sum"}, (7,), lambda: torch.tensor(3)),
+    "smoothing": ({"label_smoothing": 0.2, "reduction": "none"}, (5, 7), lambda: torch.arange(5)),
+    "ignored": ({"ignore_index": 2}, (5, 7), lambda: torch.arange(5)),
+    "weights": ({"weight": torch.linspace(0.1, 1, 7)}, (5, 7), lambda: torch.arange(5)),
+    "probabilities": ({}, (5, 7), lambda: torch.rand(5, 7)),
+    "more dimensions": ({}, (5, 7, 3), lambda: torch.randint(7, (5, 3))),
+}
+
+
+@pytest.mark.parametrize("case", MODULES)
+def test_module(case: str, interpreter: None) -> None:
+    """torch's module in every use; on Triton where its kernel takes the call, and so says it."""
+    options, shape, make_target = MODULES[case]
+    logits, target = torch.randn(shape), make_target()
+    theirs = torch.nn.CrossEntropyLoss(**options)
+    ours = encdec_fast.nn.CrossEntropyLoss(**options)
+    assert ours.state_dict().keys() == theirs.state_dict().keys()
+    expected = run(theirs, logits, target)
+    taken = case in ("rows", "one row", "smoothing", "ignored")
+    with use_backend("triton"):
+        explanation = explain(ours, logits, target)
+        assert (explanation.backend == "triton") == taken
+        torch.testing.assert_close(run(ours, logits, target), expected)
+    assert all(torch.equal(a, b) for a, b in zip(run(ours, logits, target), expected, strict=True))
+
+
+def test_module_errors() -> None:
+    """What does not fit is torch's to complain about."""
+    for logits, target in (
+        (torch.randn(2, 5), torch.tensor([1, 2, 3])),
+        (torch.randn(2, 5), torch.tensor([1.0, 2.0])),
+    ):
+        errors = []
+        for module in (torch.nn.CrossEntropyLoss(), encdec_fast.nn.CrossEntropyLoss()):
+            with pytest.raises((RuntimeError, ValueError)) as raised:
+                module(logits, target)
+            errors.append((raised.type, str(raised.value)))
+        assert errors[0] == errors[1]

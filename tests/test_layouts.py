@@ -98,3 +98,17 @@ def test_packed_data_that_does_not_add_up(kind: str, grad: bool) -> None:
     for sizes in ([3, 2, 1], [3, 3, 2], [2, 3, 2], [4, 3, 0]):
         with torch.set_grad_enabled(grad), pytest.raises((RuntimeError, ValueError)):
             module(PackedSequence(data, torch.tensor(sizes)))
+
+
+@ALL
+def test_another_default_device(kind: str, backend: str) -> None:
+    """Nothing of a call is made on torch's default device: it follows the input."""
+    _, _, module = make_modules(kind, Case(T=T, B=B, I=I, H=H), torch.float32)
+    x = torch.randn(T, B, I)
+    lengths = [1 + b % T for b in range(B)]
+    with use_backend(backend):
+        expected = module(x, lengths=lengths)[0]
+        with torch.device("meta"):
+            found = module(x, lengths=lengths)[0]
+            found.sum().backward()
+    assert torch.equal(found, expected)

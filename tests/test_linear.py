@@ -73,13 +73,15 @@ def cast(tensors: dict[str, Any], dtype: torch.dtype) -> dict[str, Any]:
 @ALL_SHAPES
 @ALL_OPTIONS
 @ALL_DTYPES
-def test_forward(shape: Any, options: dict[str, Any], dtype: torch.dtype, backend: str) -> None:
+def test_forward(
+    shape: Any, options: dict[str, Any], dtype: torch.dtype, other_backend: str
+) -> None:
     tensors, rest = make(shape, options, dtype)
     with torch.no_grad(), two_threads():
         truth = reference(**cast(tensors, torch.float64), **rest)
         with use_backend("torch"):
             theirs = linear(**tensors, **rest)
-        with use_backend(backend):
+        with use_backend(other_backend):
             poison()
             found = linear(**tensors, **rest)
     assert_as_good([found], [theirs], [truth], 2.0)
@@ -166,7 +168,7 @@ def test_rows_do_not_see_each_other(native: None) -> None:
         torch.testing.assert_close(linear(**own, **rest), together[row], rtol=1e-5, atol=1e-5)
 
 
-def test_layouts(backend: str) -> None:
+def test_layouts(other_backend: str) -> None:
     tensors, _ = make(((4, 6), 20, 24), {"residual": True}, torch.float32)
     odd = {
         "input": tensors["input"].transpose(0, 1).contiguous().transpose(0, 1),
@@ -175,7 +177,7 @@ def test_layouts(backend: str) -> None:
         "residual": tensors["residual"][:1].expand(4, -1, -1),
     }
     whole = {name: t.contiguous() for name, t in odd.items()}
-    with use_backend(backend):
+    with use_backend(other_backend):
         torch.testing.assert_close(linear(**odd), linear(**whole))
         spread = torch.randn(1, 24).expand(5, 24)
         torch.testing.assert_close(
@@ -184,9 +186,9 @@ def test_layouts(backend: str) -> None:
 
 
 @pytest.mark.parametrize("leading", [(0,), (3, 0), (0, 2)], ids=str)
-def test_no_rows(leading: tuple[int, ...], backend: str) -> None:
+def test_no_rows(leading: tuple[int, ...], other_backend: str) -> None:
     tensors, rest = make((leading, 5, 4), OPTIONS["everything"], torch.float32)
-    with use_backend(backend):
+    with use_backend(other_backend):
         assert linear(**tensors, **rest).shape == (*leading, 5)
 
 
@@ -229,14 +231,14 @@ def test_opcheck() -> None:
 
 
 @pytest.mark.parametrize("weight_dtype", ["", "bfloat16", "int8"])
-def test_rows_of_a_weight(weight_dtype: str, backend: str) -> None:
+def test_rows_of_a_weight(weight_dtype: str, other_backend: str) -> None:
     """A product with some rows of a parameter, which are packed once."""
     weight, bias, x = torch.randn(30, 8), torch.randn(13), torch.randn(5, 8)
 
     def expected() -> Tensor:
         return linear(x, weight[7:20].clone(), bias, weight_dtype=weight_dtype or None)
 
-    with torch.no_grad(), use_backend(backend):
+    with torch.no_grad(), use_backend(other_backend):
         for _ in range(2):
             found = run(x, weight, bias, weight_dtype=weight_dtype, rows=(7, 20))
             torch.testing.assert_close(found, expected())

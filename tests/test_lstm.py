@@ -47,8 +47,8 @@ def test_reference(case: Case) -> None:
 
 @pytest.mark.parametrize("weight_dtype", [torch.bfloat16, "int8"], ids=str)
 @pytest.mark.parametrize("case", ALL.values(), ids=ALL)
-def test_weight_dtype(case: Case, weight_dtype: torch.dtype | str, coarse_backend: str) -> None:
-    checks.check_weight_dtype("lstm", case, weight_dtype, coarse_backend)
+def test_weight_dtype(case: Case, weight_dtype: torch.dtype | str, other_backend: str) -> None:
+    checks.check_weight_dtype("lstm", case, weight_dtype, other_backend)
 
 
 @settings(max_examples=20, deadline=None)

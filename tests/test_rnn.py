@@ -39,9 +39,9 @@ def test_reference(kind: str, case: Case) -> None:
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 @KINDS
 def test_weight_dtype(
-    kind: str, case: Case, weight_dtype: torch.dtype | str, coarse_backend: str
+    kind: str, case: Case, weight_dtype: torch.dtype | str, other_backend: str
 ) -> None:
-    checks.check_weight_dtype(kind, case, weight_dtype, coarse_backend)
+    checks.check_weight_dtype(kind, case, weight_dtype, other_backend)
 
 
 @settings(max_examples=20, deadline=None)

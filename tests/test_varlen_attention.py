@@ -105,10 +105,10 @@ BAD: dict[str, tuple[int, Tensor]] = {
 
 
 @pytest.mark.parametrize("changed", BAD.values(), ids=BAD)
-def test_bad_input(changed: tuple[int, Tensor], backend: str) -> None:
-    if backend == "torch":
+def test_bad_input(changed: tuple[int, Tensor], other_backend: str) -> None:
+    if other_backend == "torch":
         pytest.skip("torch has no such kernel")
     given = list(make(([2, 4], [1, 4], 2, 2, 4, 4), torch.float32))
     given[changed[0]] = changed[1]
-    with pytest.raises(RuntimeError, match=r"varlen_attention|offsets"), use_backend(backend):
+    with pytest.raises(RuntimeError, match=r"varlen_attention|offsets"), use_backend(other_backend):
         varlen_attention(*given)

@@ -79,7 +79,5 @@ class Replays:
 
 
 def _copy(numbers: Sequence[int], source: Tensors, to: Tensors) -> None:
-    for i in numbers:
-        there, here = source[i], to[i]
-        if there is not None and here is not None:
-            here.copy_(there)
+    pairs = [(to[i], source[i]) for i in numbers if source[i] is not None]
+    torch._foreach_copy_([a for a, _ in pairs], [b for _, b in pairs])  # in one launch for a dtype

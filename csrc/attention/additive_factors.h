@@ -58,12 +58,11 @@ inline bool factor_row(Format dtype, const char* src, int64_t count, const char*
     const int n = lanes_left(a, count);
     Float x = load_as(dtype, src + a * bytes, n);
     if (coverage) x = fma(c, load_as(dtype, coverage_weight + a * bytes, n), x);
-    x = add(x, x);
     if constexpr (direct) {
-      store(dst + a, x);
+      store(dst + a, add(x, x));
     } else {
-      good &= !any_not_le(abs(x), set1(largest));
-      store(dst + a, exp(x));
+      good &= !any_not_le(abs(x), set1(0.5f * largest));
+      store(dst + a, exp_twice(x));
     }
   }
   return good;

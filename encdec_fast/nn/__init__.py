@@ -5,6 +5,7 @@ from encdec_fast.nn.additive_attention import AdditiveAttention
 from encdec_fast.nn.attention_decoder import AttentionDecoder, AttentionDecoderCell
 from encdec_fast.nn.bridge import AttentionBridge, Bridge, DirectBridge, GatedBridge
 from encdec_fast.nn.cells import GRUCell, LSTMCell, RNNCell
+from encdec_fast.nn.cross_entropy import CrossEntropyLoss
 from encdec_fast.nn.gru import GRU
 from encdec_fast.nn.layer_norm import LayerNorm
 from encdec_fast.nn.linear import Linear
@@ -32,6 +33,7 @@ __all__ = [
     "AttentionDecoder",
     "AttentionDecoderCell",
     "Bridge",
+    "CrossEntropyLoss",
     "DirectBridge",
     "GRUCell",
     "GatedBridge",

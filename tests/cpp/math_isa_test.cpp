@@ -66,6 +66,11 @@ void run_tests() {
           -87.3f, 88.3f, [](Float x) { return exp(x); }, [](double x) { return std::exp(x); })
           .error,
       0, 2);
+  CHECK_NEAR(
+      worst_ulps(
+          -43, 43, [](Float x) { return exp_twice(x); }, [](double x) { return std::exp(2 * x); })
+          .error,
+      0, 2);
   CHECK_NEAR(worst_ulps(
                  -126, 127, [](Float x) { return exp2(x); }, [](double x) { return std::exp2(x); })
                  .error,
