@@ -7,7 +7,6 @@ and then brought to a device and a dtype, so that every contender starts from th
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -25,9 +24,9 @@ Run = Callable[..., Any]
 class GpuCase:
     """op, name: what it is. shapes: of the leaves. run: leaves -> a tensor or several.
 
-    peers: by name, functions of the same leaves that give the same results. bytes_moved: of those
-    that are bound by memory, numbers read and written at least. rows: real tokens, where a bar is
-    per token. bar: (peer, how many times faster than it) or ("copy", part of its bandwidth).
+    peers: by name, functions of the same leaves that give the same results. numbers_moved: of what
+    is bound by memory, the numbers that it reads and writes at least. bars: (peer, how many times
+    faster than the fastest whose name begins so) or ("copy", part of a copy's bandwidth).
     """
 
     op: str
@@ -35,7 +34,6 @@ class GpuCase:
     shapes: tuple[tuple[int, ...], ...]
     run: Run
     peers: dict[str, Run] = field(default_factory=dict)
-    training: bool = True
     dtypes: tuple[str, ...] = ("float32", "bfloat16", "float16")
     numbers_moved: int = 0
     bars: tuple[tuple[str, float], ...] = ()
@@ -239,8 +237,3 @@ def speed_cases() -> Iterator[GpuCase]:
 def on(device: torch.device, dtype: torch.dtype, leaves: Sequence[Tensor]) -> list[Tensor]:
     """Copies of the leaves that ask for gradients."""
     return [leaf.to(device, dtype).requires_grad_() for leaf in leaves]
-
-
-def asked(name: str) -> AbstractContextManager[None]:
-    """Where a contender runs: ours on Triton, the truth and the yardstick on the reference."""
-    return use_backend(name)

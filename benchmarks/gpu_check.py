@@ -31,9 +31,10 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
-from benchmarks.gpu_cases import GpuCase, asked, on, parity_cases, speed_cases
+from benchmarks.gpu_cases import GpuCase, on, parity_cases, speed_cases
 from benchmarks.results import NAME, RESULTS
 from benchmarks.tables import Grid, time_text
+from encdec_fast import use_backend
 
 PARTS = ("parity", "speed")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -72,10 +73,10 @@ def _results(run: Callable[..., Any], leaves: list[Tensor]) -> list[Tensor]:
 def _parity(case: GpuCase, dtype: torch.dtype, device: torch.device) -> float:
     """The largest error of ours over what is allowed."""
     leaves = [leaf.to(dtype).double() for leaf in case.leaves()]
-    with asked("reference"):
+    with use_backend("reference"):
         exact = _results(case.run, [leaf.clone().requires_grad_() for leaf in leaves])
         plain = _results(case.run, on(device, dtype, leaves))
-    with asked("triton"):
+    with use_backend("triton"):
         ours = _results(case.run, on(device, dtype, leaves))
     worst, count = 0.0, len(exact) - len(leaves)
     sizes = [true.detach().abs().max().item() for true in exact]
@@ -141,11 +142,11 @@ def _timed(call: Callable[[], object], count: int, device: torch.device) -> floa
 def _speed(case: GpuCase, dtype: str, device: torch.device) -> Line:
     line = Line("speed", case.id, dtype)
     leaves = on(device, DTYPES[dtype], case.leaves())
-    with asked("reference"):
+    with use_backend("reference"):
         right = [r.detach() for r in _results(case.run, leaves)]
 
     def ours(*given: Tensor) -> Any:
-        with asked("triton"):
+        with use_backend("triton"):
             return case.run(*given)
 
     calls: dict[str, Callable[[], object]] = {}

@@ -214,9 +214,7 @@ def _backward(
     kernels = _triton.kernels("recurrent")
     sequences = _sequences(call, input, lengths, batch_sizes)
     walk = sequences.walk
-    grad_output, grad_h_n, grad_c_n, grad_cells = (
-        None if g is None else g.contiguous() for g in grads
-    )
+    grad_output, grad_h_n, grad_c_n, grad_cells = _triton.contiguous(grads, input.device)
     kinds = _split(call, weights)
     lstm, D, H = call.kind == "lstm", call.directions, kinds[1][0].shape[1]
     segments = kernels.SEGMENTS[kernels.CELLS[call.kind]]

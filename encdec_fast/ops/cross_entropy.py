@@ -74,17 +74,16 @@ def _wide(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def _with_sums(call: CrossEntropyCall, wide: Tensor, losses: Tensor) -> tuple[Tensor, ...]:
-    """The losses, and in training what the schema has beside them."""
+def _with_sums(call: CrossEntropyCall, losses: Tensor) -> tuple[Tensor, ...]:
+    """The losses, and in training room for the sums, which only Triton's backward reads."""
     if not call.training:
         return (losses,)
-    maxima = wide.amax(1)
-    return losses, maxima, (wide - maxima.unsqueeze(1)).exp().sum(1).log()
+    return losses, torch.zeros_like(losses), torch.zeros_like(losses)
 
 
 def _reference(call: CrossEntropyCall, logits: Tensor, target: Tensor) -> tuple[Tensor, ...]:
     wide = logits.to(_wide(call.dtype))
-    return _with_sums(call, wide, reference(wide, target, call.ignore_index, call.label_smoothing))
+    return _with_sums(call, reference(wide, target, call.ignore_index, call.label_smoothing))
 
 
 def _fake(call: CrossEntropyCall, logits: Tensor, target: Tensor) -> tuple[Tensor, ...]:
@@ -139,7 +138,7 @@ def _torch(call: CrossEntropyCall, logits: Tensor, target: Tensor) -> tuple[Tens
         "ignore_index": call.ignore_index,
         "label_smoothing": call.label_smoothing,
     }
-    return _with_sums(call, wide, F.cross_entropy(wide, target, reduction="none", **flags))
+    return _with_sums(call, F.cross_entropy(wide, target, reduction="none", **flags))
 
 
 def _torch_backward(
