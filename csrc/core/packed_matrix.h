@@ -79,9 +79,10 @@ struct ColumnSource {
   int lanes;
 };
 
-// A block of kLanes columns by `count` <= kPackDepth k, as vectors of floats, one for each k:
 constexpr int kPackDepth = 32;
-// put(k, vector) receives them one after the other.
+
+// A block of kLanes columns by `count` <= kPackDepth k, as vectors of floats: put(k, vector)
+// receives them one after the other.
 template <class Put>
 inline void read_columns(const ColumnSource& c, int64_t k0, int count, const Put& put) {
   const int64_t bytes = element_bytes(c.dtype);
