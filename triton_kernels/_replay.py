@@ -21,15 +21,21 @@ Launch: TypeAlias = Callable[[Tensors], None]
 _MOST = 16  # graphs that are kept; each holds its tensors
 
 
-def capture(launch: Launch, tensors: Tensors, device: torch.device) -> Callable[[], None]:
-    """Record what `launch` does with these tensors; the result does it again."""
-    launch(tensors)  # compiled for these very tensors, which cannot happen in a capture
+def record(launch: Callable[[], None], device: torch.device) -> Callable[[], None]:
+    """Record what `launch` does, without doing it; the result does it. It was done once before:
+    nothing can be compiled while it is recorded."""
     graph = torch.cuda.CUDAGraph()
     # A stream of this device, and no stop for what other threads do meanwhile.
     stream = torch.cuda.Stream(device)
     with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
-        launch(tensors)
+        launch()
     return graph.replay
+
+
+def capture(launch: Launch, tensors: Tensors, device: torch.device) -> Callable[[], None]:
+    """Record what `launch` does with these tensors; the result does it again."""
+    launch(tensors)  # compiled for these very tensors
+    return record(lambda: launch(tensors), device)
 
 
 class Replays:

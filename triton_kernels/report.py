@@ -29,9 +29,11 @@ from encdec_fast.triton_kernels import (
     additive_attention,
     attention,
     attention_backward,
+    cached_attention,
     cross_entropy,
     gated_bridge,
     linear,
+    log_softmax_topk,
     recurrent,
 )
 from encdec_fast.triton_kernels._configuration import TYPES, Configuration
@@ -45,9 +47,11 @@ FAMILIES = (
     additive_attention,
     attention,
     attention_backward,
+    cached_attention,
     cross_entropy,
     gated_bridge,
     linear,
+    log_softmax_topk,
     recurrent,
 )
 _CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"

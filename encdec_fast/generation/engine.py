@@ -51,7 +51,7 @@ class _Packed:
     """A decoder's packed form, and decoders that wait for a search."""
 
     def __init__(self, decoder: Decoder, weight_dtype: str) -> None:
-        self.traces = _traces(decoder)
+        self.traces = traces_of(decoder)
         self.weight_dtype = weight_dtype
         packing = Packing(weight_dtype)
         self.model = decoder.compile(packing)
@@ -94,7 +94,7 @@ class _Packed:
         return traces == self.traces and bool(self.model.fresh())
 
 
-def _traces(decoder: Decoder) -> list[Any]:
+def traces_of(decoder: Decoder) -> list[Any]:
     """The address and the version counter of each tensor, and all settings.
 
     Inference tensors have no counter.
@@ -117,7 +117,7 @@ def packed_bytes(owner: Any) -> dict[str, int]:
 
 
 def _packed_for(owner: Any, decoder: Decoder, weight_dtype: str) -> _Packed:
-    traces = _traces(decoder)
+    traces = traces_of(decoder)
     found = _packed.get(owner, {}).get(weight_dtype)
     if found is not None and found.fresh(traces):
         return found
@@ -205,7 +205,7 @@ def check_vocabulary(
                 )
 
 
-def _check_encoded(decoder: Decoder, encoded: Encoded, B: int) -> None:
+def check_encoded(decoder: Decoder, encoded: Encoded, B: int) -> None:
     """RuntimeError where an encoder left something that the decoder would read past its end."""
 
     def check(name: str, tensor: Tensor | None, shape: tuple[int, ...]) -> None:
@@ -271,7 +271,7 @@ def run(
         session = packed.idle.pop()
     except IndexError:
         session = decoder.start(packed.model)
-    _check_encoded(decoder, encoded, len(requests))
+    check_encoded(decoder, encoded, len(requests))
     session.restrict(packed.shortlist(decoder, config))
     memory = None if encoded.memory is None else encoded.memory.detach().float().contiguous()
     S = 0 if memory is None else memory.shape[1]

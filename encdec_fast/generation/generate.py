@@ -6,7 +6,7 @@ import contextlib
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from encdec_fast.backends import Backend, Description, explained_by, library, select
 from encdec_fast.backends.locks import ForkSafeLock
-from encdec_fast.generation import engine, reference, step
+from encdec_fast.generation import device, engine, reference, step
 from encdec_fast.generation._inputs import batches_of, check_lengths, requests_of, sources_of
 from encdec_fast.generation._snapshot import Snapshot
 from encdec_fast.generation.config import GenerationConfig
@@ -77,6 +77,12 @@ class GenerationCall(NamedTuple):
     model: str
     not_described: str
     device: str
+    weight_dtype: str = "float32"
+
+
+def _why_not_device(call: GenerationCall) -> list[str]:
+    reasons = [call.not_described] if call.not_described else []
+    return reasons + device.why_not(call.device, call.weight_dtype)
 
 
 def _why_not_cpu(call: GenerationCall) -> list[str]:
@@ -110,9 +116,8 @@ class _Batch(NamedTuple):
     timing: dict[str, Any] | None
 
 
-def _run_engine(batch: _Batch) -> list[list[Hypothesis]]:
-    assert batch.decoder is not None
-    return engine.run(
+def _run_on(run: Callable[..., list[list[Hypothesis]]], batch: _Batch) -> list[list[Hypothesis]]:
+    return run(
         batch.model,
         batch.decoder,
         batch.encoded,
@@ -163,7 +168,9 @@ def _run_reference(batch: _Batch) -> list[list[Hypothesis]]:
 
 
 BACKENDS = (
-    Backend("cpu", _run_engine, _why_not_cpu),
+    # Decoder and search on the GPU, around Triton's kernels.
+    Backend("triton", partial(_run_on, device.run), _why_not_device),
+    Backend("cpu", partial(_run_on, engine.run), _why_not_cpu),
     # The compiled search around the model's own modules.
     Backend("torch", _run_step, _why_not_torch),
     Backend("reference", _run_reference, lambda call: []),
@@ -205,8 +212,8 @@ def _describe_anew(model: Any) -> _Described:
             "encdec_fast.models, an object like encdec_fast.generation.Generates, or call "
             "encdec_fast.generation.search with a step"
         ) from error
-    device = "cpu" if decoder is None else decoder.embedding.device.type
-    call = GenerationCall(type(model).__name__, reason, device)
+    where = "cpu" if decoder is None else decoder.embedding.device.type
+    call = GenerationCall(type(model).__name__, reason, where)
     return _Described(decoder, call, _own_weight_dtype(model), snapshot)
 
 
@@ -298,9 +305,10 @@ def _describe(model: Any, *args: Any, **kwargs: Any) -> Description:
     held = _weight_dtype(found, kwargs.get("weight_dtype"))
 
     def plan(backend: str) -> str:
-        return f"weights in {held}" if backend == "cpu" else ""
+        return f"weights in {held}" if backend in ("cpu", "triton") else ""
 
-    return Description("generate", BACKENDS, found.call, sizes, plan)
+    call = found.call._replace(weight_dtype=held)
+    return Description("generate", BACKENDS, call, sizes, plan)
 
 
 @explained_by(_describe)
@@ -347,13 +355,14 @@ def generate(
     if options:
         config = config.replace(**options)
     described = _described(model)
-    decoder, backend = described.decoder, select(BACKENDS, described.call)
+    held = _weight_dtype(described, weight_dtype)
+    call = described.call._replace(weight_dtype=held)
+    decoder, backend = described.decoder, select(BACKENDS, call)
     sources = sources_of(source, source_lengths, model.source_padding)
     lengths = sources.sizes
     requests = requests_of(prefixes, len(lengths), config)
     check_lengths(decoder, sources, requests, config)
     _check_wishes(described, config, need_attention, stream)
-    held = _weight_dtype(described, weight_dtype)
     if timing is not None:
         timing.clear()
     seed = 0
@@ -369,6 +378,8 @@ def generate(
             whole = len(batch) == len(lengths) and batch == list(range(len(lengths)))
             own = sources.lengths if whole else sources.lengths[batch]
             tokens = sources.tokens if whole else sources.tokens[batch]
+            if decoder is not None:
+                tokens = tokens.to(decoder.embedding.device)
             longest = max(lengths[i] for i in batch)
             if longest < tokens.shape[1]:
                 tokens = tokens[:, :longest]

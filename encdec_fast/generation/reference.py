@@ -45,6 +45,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils import _pytree as pytree
 
 from encdec_fast.generation.config import GenerationConfig
 from encdec_fast.generation.result import Hypothesis
@@ -386,11 +387,14 @@ def search(
         for row, given in enumerate(zip(prompts, soft, lengths, seeds, strict=True))
     ]
     attentive = need_attention or config.coverage_penalty > 0
+    tensors = [leaf for leaf in pytree.tree_leaves(state) if isinstance(leaf, Tensor)]
+    where = tensors[0].device if tensors else torch.device("cpu")
     began = time.monotonic()
     while live := [sentence for sentence in sentences if sentence.open]:
         rows = [path for sentence in live for path in sentence.open]
         state = _reordered(state, torch.tensor([path.parent for path in rows]))
-        logits, state, *more = step(torch.tensor([path.tokens[-1] for path in rows]), state)
+        last = torch.tensor([path.tokens[-1] for path in rows], device=where)
+        logits, state, *more = step(last, state)
         if attentive and (not more or more[0] is None):
             raise ValueError("need_attention and coverage_penalty need a step with attention")
         late = config.max_time is not None and time.monotonic() - began > config.max_time

@@ -51,7 +51,8 @@ def search(
         (logits, state, attention (rows, S)). It is called with the last token of every open
         hypothesis. What it raises comes out of here, and the next search is not affected.
     state: tuples, lists and dicts of tensors (None is allowed) whose first dimension is the rows;
-        at first one row for each sentence. Between steps its rows are chosen and reordered.
+        at first one row for each sentence. Between steps its rows are chosen and reordered. Tokens
+        are given on its device.
     prompts: for each sentence the start token and a forced prefix. prefixes: soft prefixes, for
         config.prefix_bias. source_lengths: of the sentences, for the coverage
         penalty, which leaves out what lies behind; None: S.
@@ -106,6 +107,8 @@ class _Steps:
 
     def __init__(self, step: Step, state: Any, tokens: list[int], wants_attention: bool) -> None:
         self.step, self.wants_attention = step, wants_attention
+        tensors = [leaf for leaf in pytree.tree_leaves(state) if isinstance(leaf, Tensor)]
+        self.device = tensors[0].device if tensors else torch.device("cpu")
         first = self._call(tokens, state)
         scores, self.state, *rest = first
         self.first: list[Tensor] | None = [scores, *rest]
@@ -114,7 +117,7 @@ class _Steps:
 
     def _call(self, tokens: list[int], state: Any) -> tuple[Any, ...]:
         with torch.no_grad():
-            scores, state, *rest = self.step(torch.tensor(tokens), state)
+            scores, state, *rest = self.step(torch.tensor(tokens, device=self.device), state)
         expected = (len(tokens), getattr(self, "vocabulary", scores.shape[-1]))
         if tuple(scores.shape) != expected:
             raise RuntimeError(
@@ -147,7 +150,7 @@ class _Steps:
         attention: int,
     ) -> None:
         """One step for the rows that continue `parents`; at position 0 those of the sentences."""
-        rows = torch.tensor(sentences if position == 0 else parents)
+        rows = torch.tensor(sentences if position == 0 else parents, device=self.device)
         if position == 1:
             self.first = None
         if self.first is None:

@@ -161,7 +161,7 @@ def asked_for(config: Any) -> Iterator[str]:
 def _unlike_lengths(mask: Tensor) -> Iterator[str]:
     counted = mask != 0
     lengths = counted.sum(1, keepdim=True)
-    if not torch.equal(counted, torch.arange(mask.shape[1]) < lengths):
+    if not torch.equal(counted, torch.arange(mask.shape[1], device=mask.device) < lengths):
         yield "the attention mask has padding on the left, or holes"
     elif not bool((lengths > 0).all()):
         yield "a sentence has no token that the attention mask lets count"
@@ -285,13 +285,11 @@ def result(prepared: Prepared, found: list[list[Hypothesis]]) -> Any:
         [torch.tensor(hypothesis.tokens) for hypothesis in hypotheses],
         batch_first=True,
         padding_value=float(fill),
-    )
+    ).to(prepared.first.device)
     if not config.return_dict_in_generate:
         return sequences
     outputs = importlib.import_module("transformers.generation.utils")
     if config.num_beams == 1:
         return outputs.GenerateEncoderDecoderOutput(sequences=sequences)
-    return outputs.GenerateBeamEncoderDecoderOutput(
-        sequences=sequences,
-        sequences_scores=torch.tensor([hypothesis.score for hypothesis in hypotheses]),
-    )
+    scores = torch.tensor([hypothesis.score for hypothesis in hypotheses], device=sequences.device)
+    return outputs.GenerateBeamEncoderDecoderOutput(sequences=sequences, sequences_scores=scores)

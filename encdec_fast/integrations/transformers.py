@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import inspect
 import logging
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any, NamedTuple, TypeVar
 
@@ -22,13 +23,14 @@ from torch import Tensor
 
 from encdec_fast import nn, ops
 from encdec_fast.backends import Backend, Description, library, requested_backend, select
-from encdec_fast.generation import NotDescribed, TransformerDecoder, engine
+from encdec_fast.generation import NotDescribed, TransformerDecoder, device, engine
 from encdec_fast.generation._snapshot import Snapshot
 from encdec_fast.generation.generate import WEIGHT_DTYPES
 from encdec_fast.integrations import _transformers_encoders as encoders
 from encdec_fast.integrations import _transformers_requests as requests
 from encdec_fast.integrations._transformers_decoders import SUPPORTED, Kept, by_distance, describe
 from encdec_fast.ops import _packing
+from encdec_fast.ops._call import autocasting
 
 _M = TypeVar("_M", bound=torch.nn.Module)
 _log = logging.getLogger(__name__)
@@ -63,6 +65,8 @@ class Call(NamedTuple):
 
     model: str
     reasons: tuple[str, ...]
+    device: str
+    weight_dtype: str
 
 
 class _Told(Exception):
@@ -82,9 +86,16 @@ class _Refused(Exception):
 
 
 def _why_not_engine(call: Call) -> list[str]:
+    reasons = list(call.reasons)
     if library.extension is None:
-        return ["the compiled module encdec_fast._C is not loaded", *call.reasons]
-    return list(call.reasons)
+        reasons.insert(0, "the compiled module encdec_fast._C is not loaded")
+    if call.device != "cpu":
+        reasons.append(f"the model is on {call.device}")
+    return reasons
+
+
+def _why_not_device(call: Call) -> list[str]:
+    return [*call.reasons, *device.why_not(call.device, call.weight_dtype)]
 
 
 def _refuse(search: _Search, prepared: requests.Prepared) -> Any:
@@ -92,7 +103,8 @@ def _refuse(search: _Search, prepared: requests.Prepared) -> Any:
 
 
 BACKENDS = (
-    Backend("cpu", lambda search, prepared: search.run(prepared), _why_not_engine),
+    Backend("triton", lambda search, prepared: search.run(prepared, device.run), _why_not_device),
+    Backend("cpu", lambda search, prepared: search.run(prepared, engine.run), _why_not_engine),
     Backend("torch", _refuse, lambda call: []),
 )
 
@@ -146,7 +158,7 @@ class Generate:
         weights = self.packed_dtype
 
         def plan(backend: str) -> str:
-            return f"weights of the decoder in {weights}" if backend == "cpu" else ""
+            return f"weights of the decoder in {weights}" if backend in ("cpu", "triton") else ""
 
         return Description("generate", BACKENDS, call, sizes, plan)
 
@@ -181,7 +193,7 @@ class Generate:
         reasons = [
             f"the argument {name}" for name in _FOREIGN if requests.is_given(given.get(name))
         ]
-        if torch.is_autocast_enabled("cpu"):
+        if autocasting(self.model.device.type):
             reasons.append("torch.autocast is on")
         try:
             decoder = self.describe(1)
@@ -205,7 +217,8 @@ def _by_name(method: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict
 
 def _judge(owner: Generate, reasons: tuple[str, ...], sizes: str, explaining: bool) -> Backend:
     """Which backend runs. BackendRefused where the one that was asked for cannot."""
-    call = Call(type(owner.model).__name__, reasons)
+    model = owner.model
+    call = Call(type(model).__name__, reasons, model.device.type, owner.packed_dtype)
     if explaining:
         raise _Told(call, sizes)
     return select(BACKENDS, call)
@@ -261,8 +274,8 @@ class _Search:
             self.decoder = self.owner.describe(needed)
         self.config = requests.options(prepared, self.decoder)
 
-    def run(self, prepared: requests.Prepared) -> Any:
-        """Search, and return what transformers' decoding methods return."""
+    def run(self, prepared: requests.Prepared, search: Callable[..., Any]) -> Any:
+        """Search, and return what transformers' decoding methods return; search: an engine's."""
         streamer = self.streamer
 
         def written(_: int, tokens: list[int]) -> None:
@@ -271,7 +284,7 @@ class _Search:
 
         if streamer is not None:
             streamer.put(prepared.first)
-        found = engine.run(
+        found = search(
             self.owner,
             self.decoder,
             engine.Encoded(prepared.memory, requests.lengths(prepared, self.masked)),

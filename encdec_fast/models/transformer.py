@@ -173,16 +173,17 @@ class TransformerEncoderDecoder(nn.Module):
         """A step that runs the whole decoder anew on what was written, and its first state."""
         memory = encoded.memory
         assert memory is not None
-        S, lengths = memory.shape[1], torch.tensor(encoded.lengths)
-        padding = torch.arange(S) >= lengths.unsqueeze(1)
-        written = torch.zeros(memory.shape[0], 0, dtype=torch.int64)
+        where = memory.device
+        S, lengths = memory.shape[1], torch.tensor(encoded.lengths, device=where)
+        padding = torch.arange(S, device=where) >= lengths.unsqueeze(1)
+        written = torch.zeros(memory.shape[0], 0, dtype=torch.int64, device=where)
         return self._rerun, (written, memory, padding)
 
     def _rerun(self, tokens: Tensor, state: Any) -> tuple[Tensor, Any]:
         written, memory, padding = state
         written = torch.cat([written, tokens.unsqueeze(1)], dim=1)
         embedded = self._embed("target", written)
-        causal = nn.Transformer.generate_square_subsequent_mask(written.shape[1])
+        causal = nn.Transformer.generate_square_subsequent_mask(written.shape[1], memory.device)
         output = self.transformer.decoder(
             embedded,
             memory,

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from encdec_fast.ops._call import State
+from encdec_fast.ops._checks import check_device_values
 
 
 def additive(
@@ -62,7 +63,10 @@ def check_shapes(
 
 
 def as_memory_lengths(lengths: Tensor | Sequence[int] | None, keys: Tensor) -> State:
-    """`lengths` as an int64 CPU tensor (B,) of the keys' batch; RuntimeError if it is none."""
+    """`lengths` as an int64 tensor (B,) of the keys' batch; RuntimeError if it is none.
+
+    On the CPU, or on the keys' device, where a captured CUDA graph can read them.
+    """
     if lengths is None:
         return None
     if not isinstance(lengths, Tensor):
@@ -70,9 +74,10 @@ def as_memory_lengths(lengths: Tensor | Sequence[int] | None, keys: Tensor) -> S
             raise RuntimeError(f"memory_lengths must be integers, but it is {lengths!r}")
         lengths = torch.tensor(lengths, dtype=torch.int64, device="cpu")
     integer = not (lengths.is_floating_point() or lengths.is_complex())
-    if not integer or lengths.dtype == torch.bool or lengths.device.type != "cpu":
+    elsewhere = lengths.device.type != "cpu" and lengths.device != keys.device
+    if not integer or lengths.dtype == torch.bool or elsewhere:
         raise RuntimeError(
-            "memory_lengths must be integers on the CPU, but it is "
+            f"memory_lengths must be integers on the CPU or on {keys.device}, but it is "
             f"{lengths.dtype} on {lengths.device}"
         )
     if lengths.shape != (keys.shape[0],):
@@ -84,8 +89,9 @@ def as_memory_lengths(lengths: Tensor | Sequence[int] | None, keys: Tensor) -> S
 
 
 def length_values(lengths: State, most: int) -> None:
-    """RuntimeError unless every length is from 0 to `most`; reads the values, on the CPU."""
-    values: list[int] = [] if lengths is None else lengths.tolist()
+    """RuntimeError unless every length is from 0 to `most`; on a GPU only where asked for."""
+    read = lengths is not None and check_device_values(lengths)
+    values: list[int] = lengths.tolist() if lengths is not None and read else []
     if values and (min(values) < 0 or max(values) > most):
         wrong = min(values) if min(values) < 0 else max(values)
         raise RuntimeError(

@@ -44,16 +44,22 @@ def contiguous(tensors: Sequence[Any], device: torch.device) -> list[Any]:
     return [None if t is None else t.contiguous().to(device) for t in tensors]
 
 
-def unfit(call: Any) -> list[str]:
-    """Reasons against every Triton kernel; call: metadata with device, dtype and context."""
+def unfit_device(device: str) -> list[str]:
+    """Reasons against Triton for tensors of this device."""
     if missing():
         return [missing()]
     reasons = []
-    if call.device == "cpu" and os.environ.get("TRITON_INTERPRET") == "1":
+    if device == "cpu" and os.environ.get("TRITON_INTERPRET") == "1":
         if requested_backend() != "triton":
             reasons.append("Triton's interpreter runs only where this backend is asked for")
-    elif call.device != "cuda":
-        reasons.append(f"the tensors are on {call.device}")
+    elif device != "cuda":
+        reasons.append(f"the tensors are on {device}")
     if not reasons and _too_old():
         reasons.append(_too_old())
-    return reasons + unsuited(call)
+    return reasons
+
+
+def unfit(call: Any) -> list[str]:
+    """Reasons against every Triton kernel; call: metadata with device, dtype and context."""
+    reasons = unfit_device(call.device)
+    return reasons if missing() else reasons + unsuited(call)

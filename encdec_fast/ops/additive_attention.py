@@ -10,7 +10,7 @@ For query t and key s of a sentence, both projected to the attention size A befo
     keys             (B, S, A)
     values           (B, S, D)
     score_weight     (A)                 v
-    memory_lengths   int64 (B) on the CPU, each from 0 to S; absent: S
+    memory_lengths   int64 (B), each from 0 to S, on the CPU or the memory's device; absent: S
     coverage         (B, S)              c: how much attention each key has had so far
     coverage_weight  (A)                 u
     context          (B, Tq, D)

@@ -13,7 +13,7 @@ where s <= t.
     query           (B, H, Tq, D)
     key             (B, G, S, D)      H a multiple of G: H / G query heads share a key head
     value           (B, G, S, V)
-    memory_lengths  int64 (B) on the CPU, each from 0 to S; absent: S
+    memory_lengths  int64 (B), each from 0 to S, on the CPU or the memory's device; absent: S
     mask            bool, broadcast to (B, H, Tq, S)
     bias            of the query's dtype, broadcast to (B, H, Tq, S): T5's relative bias, ALiBi, or
                     a float mask with -inf in it

@@ -19,7 +19,7 @@ From the state (h, c) and the context f of the step before, for each step t:
     bias_ih, bias_hh  (G H)           both or none
     query_weight    (A, H)            W_q; absent: A = H
     score_weight    (A)               v
-    memory_lengths  int64 (B) on the CPU, each from 0 to S; absent: S
+    memory_lengths  int64 (B), each from 0 to S, on the CPU or the memory's device; absent: S
     output          (B, T, H + M)     h_t and f_t side by side, as the next projection reads them
     c_n             (B, H)            of the last step; (B, 0) for a GRU
     weights         (B, T, S)         zero past a sentence's end

@@ -14,7 +14,7 @@ For query t and position s of a sentence's memory m:
     score_weight    (A), for concat only                            v
     keys            what `project_memory` made of this memory, once for all decode steps:
                     (B, S, Q) for general, (B, S, A) for concat, the memory itself for dot
-    memory_lengths  int64 (B) on the CPU, each from 0 to S; absent: S
+    memory_lengths  int64 (B), each from 0 to S, on the CPU or the memory's device; absent: S
     context         (B, Tq, M)
     weights         (B, Tq, S)           zero past a sentence's end
 

@@ -1,0 +1,13 @@
+"""Generation on a GPU: decoder and search as one captured CUDA graph, step after step.
+
+scores.py       what may follow a hypothesis: constraints, draws
+search.py       hypotheses as tensors: what stays open, what has ended
+weights.py      a decoder's weights, and the products with them
+recurrent.py    a step of a recurrent decoder
+transformer.py  a step of a Transformer decoder
+run.py          sessions, their graphs, and the loop that replays them
+"""
+
+from encdec_fast.generation.device.run import run, why_not
+
+__all__ = ["run", "why_not"]

@@ -1,0 +1,123 @@
+"""A step of a recurrent decoder with its states; `RecurrentDecoder` says what is computed."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from encdec_fast.generation.decoders import Affine, RecurrentDecoder, RecurrentLayer
+from encdec_fast.generation.device.weights import Weights, put
+from encdec_fast.generation.engine import Encoded
+from encdec_fast.ops.additive_attention import additive_attention
+from encdec_fast.ops.attention import attention
+from encdec_fast.ops.gru import gru_cell
+from encdec_fast.ops.lstm import lstm_cell
+from encdec_fast.ops.rnn import rnn_cell
+
+
+class RecurrentSteps:
+    """The states of B sentences of K rows; their memory has S positions at most."""
+
+    def __init__(
+        self, decoder: RecurrentDecoder, weights: Weights, B: int, K: int, S: int, needs: bool
+    ) -> None:
+        self.decoder, self.weights, self.needs = decoder, weights, needs
+        self.B, self.K, self.S = B, K, S
+        H, M, layers = decoder.hidden_size, decoder.context_size, len(decoder.layers)
+        parts = 2 if decoder.layers[0].cell == "lstm" else 1
+        self.states = [weights.zeros(layers, B * K, H) for _ in range(parts)]
+        self.context = weights.zeros(B * K, M)
+        self.values = self.keys = None
+        if decoder.attends:
+            self.values = weights.zeros(B, S, M)
+            self.lengths = torch.zeros(B, dtype=torch.int64, device=weights.device)
+            if decoder.keys is not None:
+                self.keys = weights.zeros(B, S, decoder.keys.weight.shape[0])
+
+    def begin(self, encoded: Encoded) -> None:
+        """Take what the encoder left."""
+        self.weights.refresh()
+        states = encoded.states if isinstance(encoded.states, tuple) else (encoded.states,)
+        for own, given in zip(self.states, states, strict=True):
+            own.copy_(given.repeat_interleave(self.K, 1))
+        if encoded.context is None:
+            self.context.zero_()
+        else:
+            self.context.copy_(encoded.context.repeat_interleave(self.K, 0))
+        if self.values is None:
+            return
+        assert encoded.memory is not None
+        put(encoded.memory, self.values)
+        self.lengths.copy_(torch.tensor(list(encoded.lengths)))
+        if self.keys is not None and self.decoder.keys is not None:
+            self.keys.copy_(self.weights.affine(self.decoder.keys, self.values))
+
+    def step(
+        self, tokens: Tensor, parents: Tensor, position: Tensor, ancestors: Tensor
+    ) -> tuple[Tensor, Tensor | None]:
+        """Logits (R, V) and attention (R, S) of the rows that continue `parents` by `tokens`."""
+        decoder = self.decoder
+        before = [state.index_select(1, parents) for state in self.states]
+        context = self.context.index_select(0, parents)
+        embedded = self.weights.rows(decoder.embedding, tokens)
+        shown: Tensor | None = None
+        if decoder.attention == "location":
+            context, shown = self._locate(torch.cat([embedded, before[0][0]], 1))
+        x = torch.cat([embedded, context], 1)
+        for i, layer in enumerate(decoder.layers):
+            new = self._cell(layer, x, [state[i] for state in before])
+            for state, own in zip(self.states, new, strict=True):
+                state[i] = own
+            if i == 0 and decoder.attention in ("additive", "dot"):
+                context, shown = self._attend(new[0])
+            x = torch.cat([new[0], context], 1) if i == 0 and decoder.attends else new[0]
+        self.context.copy_(context)
+        if decoder.context_in_output and not (len(decoder.layers) == 1 and decoder.attends):
+            x = torch.cat([new[0], context], 1)
+        elif not decoder.context_in_output:
+            x = new[0]
+        return self.weights.affine(decoder.output, x), shown
+
+    def _cell(self, layer: RecurrentLayer, x: Tensor, state: list[Tensor]) -> tuple[Tensor, ...]:
+        own = self.weights
+        weights = [own(layer.input.weight), own(layer.hidden.weight)]
+        biases = [own(b) for b in (layer.input.bias, layer.hidden.bias) if b is not None]
+        given: list[Any] = [*weights, *biases]
+        if layer.cell == "lstm":
+            found: tuple[Tensor, ...] = lstm_cell(x, (state[0], state[1]), *given)
+            return found
+        if layer.cell == "gru":
+            return (gru_cell(x, state[0], *given),)
+        return (rnn_cell(x, state[0], *given, nonlinearity=layer.cell.removeprefix("rnn_")),)
+
+    def _attend(self, state: Tensor) -> tuple[Tensor, Tensor | None]:
+        decoder, values = self.decoder, self.values
+        assert values is not None
+        keys = values if self.keys is None else self.keys
+        query = state if decoder.query is None else self.weights.affine(decoder.query, state)
+        query = query.view(self.B, self.K, -1)
+        if decoder.attention == "additive":
+            assert decoder.score is not None
+            score = self.weights(decoder.score)
+            found = additive_attention(query, keys, values, score, self.lengths, self.needs)
+        else:
+            heads = [t.unsqueeze(1) for t in (query, keys, values)]
+            options: dict[str, Any] = {"memory_lengths": self.lengths, "scale": 1.0}
+            found = attention(*heads, **options, need_weights=self.needs)
+        context, weights = found if self.needs else (found, None)
+        return context.reshape(self.B * self.K, -1), None if weights is None else weights.reshape(
+            self.B * self.K, -1
+        )
+
+    def _locate(self, input: Tensor) -> tuple[Tensor, Tensor]:
+        """Weights that depend on the place alone, over the first positions."""
+        assert self.decoder.location is not None and self.values is not None
+        affine: Affine = self.decoder.location
+        scores = self.weights.affine(affine, input)[:, : self.S].view(self.B, self.K, -1)
+        places = torch.arange(self.S, device=scores.device)
+        real = (places < self.lengths.unsqueeze(1)).unsqueeze(1)  # (B, 1, S)
+        weights = scores.float().masked_fill(~real, -torch.inf).softmax(-1).nan_to_num(0.0)
+        context = weights.to(self.values.dtype) @ self.values
+        return context.flatten(0, 1), weights.flatten(0, 1)

@@ -1,0 +1,406 @@
+"""The search as tensors on the device: every step is the same launches, and nothing is read back.
+
+Each of B sentences has K rows, of which those that are open hold its hypotheses, best first. A
+token, its log probability and the row that it continues are written once, at their place in the
+target; `ancestors` says for each row where the tokens before it lie, and a decoder's cache is read
+by it. `generation/reference.py` says what is searched.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from encdec_fast.generation.config import GenerationConfig
+from encdec_fast.generation.device.scores import Candidates, Rows, Scores
+from encdec_fast.generation.engine import Request
+from encdec_fast.generation.reference import spare
+from encdec_fast.generation.result import Hypothesis
+
+NOTHING = -1  # in place of a row: nothing was written; in place of a token: none is behind the row
+
+
+class Sizes(NamedTuple):
+    """What shapes a search's tensors. B: with several draws each is a sentence of its own.
+
+    L: the longest target. P: the longest prompt. X: the longest soft prefix. S: of the attention
+    that is kept, or 0.
+    """
+
+    B: int
+    K: int
+    L: int
+    P: int
+    X: int
+    S: int
+    V: int
+
+
+class Ended(NamedTuple):
+    """(B, K) each, best first: hypotheses that are finished, or that no token may follow.
+
+    scores float64: -inf where there is none. lengths: tokens. rows: at the place before the last
+    token. tokens, log_probs: the last token's.
+    """
+
+    scores: Tensor
+    lengths: Tensor
+    rows: Tensor
+    tokens: Tensor
+    log_probs: Tensor
+
+
+class Found(NamedTuple):
+    """A search's state in numbers that Python reads."""
+
+    ended: list[list[list[float]]]  # of each field of Ended: [B][K]
+    stuck: list[list[list[float]]]
+    tokens: list[list[int]]
+    rows: list[list[int]]
+    log_probs: list[list[float]]
+    attention: Tensor | None
+
+
+class Search:
+    """A search's tensors, and one step of it."""
+
+    def __init__(self, config: GenerationConfig, sizes: Sizes, device: torch.device) -> None:
+        self.config, self.sizes, self.device = config, sizes, device
+        B, K, L, P, X, S, V = sizes
+        R = B * K
+        self.scores = Scores(config, V, L, X > 0, device)
+        self.covers = config.coverage_penalty > 0 and K > 1
+
+        def numbers(*shape: int, dtype: torch.dtype = torch.int64) -> Tensor:
+            return torch.zeros(shape, dtype=dtype, device=device)
+
+        self.places = torch.arange(R, device=device)
+        self.position = numbers(1)
+        self.late, self.failed = numbers(1, dtype=torch.bool), numbers(1)
+        self.prompts, self.lengths, self.limits = numbers(B, P), numbers(B), numbers(B)
+        self.numbers, self.seed, self.sources = numbers(B), numbers(1), numbers(B)
+        self.prefix = numbers(B, X) if X else None
+        self.follows = numbers(R, dtype=torch.bool) if X else None
+        self.open = numbers(B, K, dtype=torch.bool)
+        self.sums = numbers(B, K, dtype=torch.float64)
+        self.next_tokens, self.parents = numbers(R), numbers(R)
+        self.tokens, self.rows = numbers(L, R), numbers(L, R)
+        self.log_probs = numbers(L, R, dtype=torch.float32)
+        self.attention = numbers(L, R, S, dtype=torch.float32) if S else None
+        self.received = numbers(R, S, dtype=torch.float32) if self.covers else None
+        self.ancestors = numbers(R, L, dtype=torch.int32)
+        self.history = numbers(R, L) if self.scores.reads else None
+        self.ended, self.stuck = self._none(), self._none()
+
+    def _none(self) -> Ended:
+        shape = (self.sizes.B, self.sizes.K)
+        scores = torch.full(shape, -math.inf, dtype=torch.float64, device=self.device)
+        lengths, rows, tokens = (
+            torch.zeros(shape, dtype=torch.int64, device=self.device) for _ in range(3)
+        )
+        return Ended(scores, lengths, rows, tokens, torch.zeros(shape, device=self.device))
+
+    def begin(self, requests: Sequence[Request], lengths: Sequence[int], seed: int) -> None:
+        """Start anew; requests and lengths (of the sources) have one entry for each sentence."""
+        _, K, _, P, X, _, _ = self.sizes
+        for tensor in vars(self).values():
+            if isinstance(tensor, Tensor) and tensor is not self.places:
+                tensor.zero_()
+        for kept in (self.ended, self.stuck):
+            for field in kept:
+                field.zero_()
+            kept.scores.fill_(-math.inf)
+
+        def padded(rows: list[list[int]], width: int) -> Tensor:
+            return torch.tensor([row + [NOTHING] * (width - len(row)) for row in rows])
+
+        prompts = padded([request.prompt for request in requests], P)
+        self.prompts.copy_(prompts)
+        sizes = [len(request.prompt) for request in requests]
+        self.lengths.copy_(torch.tensor(sizes))
+        self.limits.copy_(torch.tensor([self.config.limit(size) for size in sizes]))
+        self.numbers.copy_(torch.tensor([request.number for request in requests]))
+        self.sources.copy_(torch.tensor(list(lengths)))
+        self.seed.fill_(seed if seed < 2**63 else seed - 2**64)
+        if self.prefix is not None and self.follows is not None:
+            self.prefix.copy_(padded([request.prefix for request in requests], X))
+            self.follows.fill_(True)
+        self.sums.fill_(-math.inf)
+        self.sums[:, 0] = 0
+        self.open[:, 0] = True
+        first = self.prompts[:, 0].repeat_interleave(K)
+        self.next_tokens.copy_(first)
+        self.tokens[0] = first
+        self.parents.copy_(self.places)
+        self.ancestors[:, 0] = self.places
+        if self.history is not None:
+            self.history[:, 0] = first
+
+    def advance(self, logits: Tensor, attention: Tensor | None) -> None:
+        """Take the logits (R, V) and attention (R, S) of the rows' last tokens."""
+        B, K, *_ = self.sizes
+        length = self.position[0] + 1
+        alive = self.open.any(1)
+        reading = length < self.lengths
+        searching = alive & ~reading
+        if self.attention is not None:
+            assert attention is not None
+            self.attention.index_copy_(0, self.position, attention.float().unsqueeze(0))
+        found = self.scores.find(logits, self._rows(length))
+        here = (self.open & searching.unsqueeze(1)).flatten()
+        failed = (here & ~found.healthy).any() & (self.failed == 0)
+        self.failed.copy_(torch.where(failed, length, self.failed))
+        received = None
+        if self.received is not None:
+            assert attention is not None
+            received = self.received + torch.where(here.unsqueeze(1), attention.float(), 0)
+        self._keep_stuck(found, length, searching)
+        sums, beams, tokens, log_probs = self._best(found, searching)
+        possible = sums > -math.inf
+        ends = torch.isin(tokens, self.scores.ends) | self.late
+        ends = ends | (length + 1 >= self.limits).unsqueeze(1)
+        parents = beams + self.places.view(B, K)[:, :1]  # (B, kept)
+        n = self.sums.shape[1]
+        own = self._ranked(sums[:, :n], length + 1 - self.lengths, parents[:, :n], received)
+        new = Ended(
+            own.masked_fill(~(possible & ends)[:, :n], -math.inf),
+            (length + 1).expand(B, n),
+            parents[:, :n],
+            tokens[:, :n],
+            log_probs[:, :n],
+        )
+        self._keep(self.ended, new)
+        # A sentence that is still reading when the time is over has written nothing.
+        given_up = alive & reading & self.late
+        nothing = Ended(
+            torch.where(given_up, 0.0, -math.inf).double().unsqueeze(1),
+            self.lengths.unsqueeze(1),
+            torch.full((B, 1), NOTHING, device=self.device),
+            torch.full((B, 1), NOTHING, device=self.device),
+            torch.zeros(B, 1, device=self.device),
+        )
+        self._keep(self.ended, nothing)
+        self._go_on(sums, parents, tokens, log_probs, possible & ~ends, length, reading, received)
+
+    def _rows(self, length: Tensor) -> Rows:
+        return Rows(
+            length,
+            self.lengths,
+            self.limits,
+            self.history,
+            self.prefix,
+            self.follows,
+            self.seed[0],
+            self.numbers,
+        )
+
+    def _best(self, found: Candidates, searching: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """(B, kept) of a sentence's best continuations: sums, beams, tokens, log probabilities."""
+        B, K = self.sums.shape
+        k = found.tokens.shape[1]
+        kept = min(K * k, spare(self.config) * K if K > 1 else 1)
+        log_probs = found.log_probs.view(B, K, k)
+        before = self.sums.masked_fill(~(self.open & searching.unsqueeze(1)), -math.inf)
+        sums = before.unsqueeze(2) + log_probs
+        ranks = before.unsqueeze(2) + found.ranks.view(B, K, k)
+        order = ranks.flatten(1).sort(stable=True, dim=1, descending=True).indices[:, :kept]
+        if self.config.do_sample:  # what was drawn is in the order of its scores from here on
+            drawn = sums.flatten(1).gather(1, order)
+            order = order.gather(1, drawn.sort(stable=True, dim=1, descending=True).indices)
+        chosen = [
+            t.flatten(1).gather(1, order) for t in (sums, found.tokens.view(B, K, k), log_probs)
+        ]
+        return chosen[0], order // k, chosen[1], chosen[2]
+
+    def _ranked(
+        self, sums: Tensor, written: Tensor, rows: Tensor, received: Tensor | None
+    ) -> Tensor:
+        """(B, n) float64: what finished hypotheses are ranked by; written (B): their tokens."""
+        if self.sizes.K == 1:
+            return sums
+        scores = sums / self._factor(written).unsqueeze(1)
+        if received is None:
+            return scores
+        least = torch.finfo(torch.float32).tiny  # a position that got nothing, by underflow
+        logs = received.double().clamp(least, 1.0).log()  # (R, S)
+        real = torch.arange(logs.shape[1], device=self.device) < self.sources.unsqueeze(1)
+        logs = torch.where(real.repeat_interleave(self.sizes.K, 0), logs, 0).sum(1)
+        return scores + self.config.coverage_penalty * logs[rows]
+
+    def _factor(self, written: Tensor) -> Tensor:
+        return written.clamp(1).double().pow(self.config.length_penalty)
+
+    def _keep(self, kept: Ended, new: Ended) -> None:
+        """Of what was kept and what is new the K best; equal ones in the order they came."""
+        K = self.sizes.K
+        scores = torch.cat([kept.scores, new.scores], 1)
+        order = scores.sort(stable=True, dim=1, descending=True).indices[:, :K]
+        for old, own in zip(kept, new, strict=True):
+            old.copy_(torch.cat([old, own.to(old.dtype)], 1).gather(1, order))
+
+    def _keep_stuck(self, found: Candidates, length: Tensor, searching: Tensor) -> None:
+        """Open hypotheses that no token may follow."""
+        B, K = self.sums.shape
+        none = (found.log_probs[:, 0] == -math.inf).view(B, K) & self.open & searching.unsqueeze(1)
+        rows = self.places.view(B, K)
+        written = length - self.lengths
+        scores = self._ranked(self.sums, written, rows, self.received)
+        scores = torch.where((written == 0).unsqueeze(1), self.sums, scores)
+        tokens = torch.full_like(rows, NOTHING)
+        new = Ended(
+            scores.masked_fill(~none, -math.inf),
+            length.expand(B, K),
+            rows,
+            tokens,
+            torch.zeros(B, K, device=self.device),
+        )
+        self._keep(self.stuck, new)
+
+    def _go_on(
+        self,
+        sums: Tensor,
+        parents: Tensor,
+        tokens: Tensor,
+        log_probs: Tensor,
+        going: Tensor,
+        length: Tensor,
+        reading: Tensor,
+        received: Tensor | None,
+    ) -> None:
+        """Open the best hypotheses that go on, feed the next token of prompts, and count on."""
+        B, K, L, P, X, _, _ = self.sizes
+        first = (~going).to(torch.int8).sort(stable=True, dim=1).indices[:, :K]
+        open_, sums, parents, tokens, log_probs = (
+            t.gather(1, first) for t in (going, sums, parents, tokens, log_probs)
+        )
+        open_ = open_ & self._may_improve(sums[:, :1], length)
+        fed = self.prompts.gather(1, length.clamp(max=P - 1).expand(B, 1))
+        read_on = reading & self.open.any(1) & ~self.late
+        is_first = torch.arange(K, device=self.device) == 0
+        prompt = read_on.unsqueeze(1) & is_first  # (B, K)
+        own = self.places.view(B, K)
+        new_open = open_ | prompt
+        parents = torch.where(open_, parents, own).flatten()
+        tokens = torch.where(prompt, fed, torch.where(open_, tokens, 0)).flatten()
+        self.sums.copy_(torch.where(prompt, 0.0, sums.masked_fill(~open_, -math.inf)))
+        self.open.copy_(new_open)
+        self.next_tokens.copy_(tokens)
+        self.parents.copy_(parents)
+        place = length.clamp(max=L - 1).view(1)
+        self.tokens.index_copy_(0, place, tokens.unsqueeze(0))
+        self.rows.index_copy_(0, place, parents.unsqueeze(0))
+        self.log_probs.index_copy_(0, place, log_probs.float().flatten().unsqueeze(0))
+        self.ancestors.copy_(self.ancestors.index_select(0, parents))
+        self.ancestors.index_copy_(1, place, self.places.to(torch.int32).unsqueeze(1))
+        if self.history is not None:
+            self.history.copy_(self.history.index_select(0, parents))
+            self.history.index_copy_(1, place, tokens.unsqueeze(1))
+        if self.received is not None and received is not None:
+            self.received.copy_(received.index_select(0, parents))
+        if self.prefix is not None and self.follows is not None:
+            written = (length - self.lengths).clamp(0, X - 1).unsqueeze(1)
+            asked = self.prefix.gather(1, written).repeat_interleave(K, 1).flatten()
+            same = (asked == tokens) | ~open_.flatten()
+            self.follows.copy_(self.follows.index_select(0, parents) & same)
+        self.position.copy_((self.position + 1).clamp(max=L - 1))
+
+    def _may_improve(self, best: Tensor, length: Tensor) -> Tensor:
+        """(B, 1): whether the best open hypothesis, (B, 1), may yet be one of the best."""
+        config = self.config
+        worst = self.ended.scores[:, -1:]
+        missing = worst == -math.inf
+        if config.early_stopping is True or self.sizes.K == 1:
+            return missing
+        if config.early_stopping == "never" and config.length_penalty > 0:
+            written = self.limits - self.lengths
+        else:
+            written = length + 1 - self.lengths
+        return missing | (best / self._factor(written).unsqueeze(1) > worst)
+
+    def read(self) -> Found:
+        """Everything that results are made of, on the host."""
+
+        def listed(ended: Ended) -> list[list[list[float]]]:
+            return [field.tolist() for field in ended]
+
+        attention = None if self.attention is None else self.attention.cpu()
+        return Found(
+            listed(self.ended),
+            listed(self.stuck),
+            self.tokens.tolist(),
+            self.rows.tolist(),
+            self.log_probs.tolist(),
+            attention,
+        )
+
+    def hypotheses(
+        self, found: Found, b: int, prompt: list[int], count: int, shown: int
+    ) -> list[Hypothesis]:
+        """The best of sentence b; shown: the size of the attention that is returned, or 0."""
+        results: list[Hypothesis] = []
+        for kept in (found.ended, found.stuck):
+            for j in range(self.sizes.K):
+                scores, lengths, rows, tokens, log_probs = (field[b][j] for field in kept)
+                if scores == -math.inf or len(results) == count:
+                    break
+                path = _Path(found, int(lengths), int(rows), int(tokens), log_probs, len(prompt))
+                weights = path.attention(shown) if shown and path.tokens else None
+                results.append(Hypothesis([*prompt, *path.tokens], scores, path.log_probs, weights))
+        return results
+
+    def paths(
+        self, found: Found, b: int, prompt: int, last: int, open_: list[bool]
+    ) -> list[list[int]]:
+        """What every hypothesis of sentence b has written, those that are open up to `last`."""
+        first = b * self.sizes.K
+        paths = [
+            _Path(found, last + 1, first + j, NOTHING, 0.0, prompt).tokens
+            for j, one in enumerate(open_)
+            if one
+        ]
+        for kept in (found.ended, found.stuck):
+            for scores, lengths, rows, tokens, log_probs in zip(
+                *(field[b] for field in kept), strict=True
+            ):
+                if scores > -math.inf:
+                    path = _Path(found, int(lengths), int(rows), int(tokens), log_probs, prompt)
+                    paths.append(path.tokens)
+        return paths
+
+
+class _Path:
+    """What a hypothesis wrote, found from its end."""
+
+    def __init__(
+        self, found: Found, length: int, row: int, token: int, log_prob: float, prompt: int
+    ) -> None:
+        self.found = found
+        self.tokens: list[int] = []
+        self.log_probs: list[float] = []
+        self.at: list[tuple[int, int]] = []  # (place, row) of the step that wrote each
+        if row == NOTHING:
+            return
+        place = length - 1
+        if token != NOTHING:
+            self.tokens.append(token)
+            self.log_probs.append(log_prob)
+            self.at.append((place - 1, row))
+            place -= 1
+        while place >= prompt:
+            self.tokens.append(found.tokens[place][row])
+            self.log_probs.append(found.log_probs[place][row])
+            row = found.rows[place][row]
+            place -= 1
+            self.at.append((place, row))
+        for found_list in (self.tokens, self.log_probs, self.at):
+            found_list.reverse()
+
+    def attention(self, S: int) -> Tensor:
+        """(tokens, S)."""
+        assert self.found.attention is not None
+        places, rows = zip(*self.at, strict=True)
+        return self.found.attention[list(places), list(rows), :S].clone()

@@ -1,0 +1,79 @@
+"""A decoder's weights on the device, in the dtype of its steps."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from encdec_fast.generation.decoders import Affine, Norm, parts_of
+from encdec_fast.ops.linear import linear
+
+
+def put(given: Tensor, to: Tensor) -> None:
+    """A memory (B, S, M) into one that has room for more positions."""
+    to.zero_()
+    to[:, : given.shape[1]] = given
+
+
+class Weights:
+    """The model's own tensors where they have this dtype, else copies of them.
+
+    Copies are made anew for each search (`refresh`), so that they are never stale; a captured graph
+    reads them, and the model's own, where they lie.
+    """
+
+    def __init__(self, decoder: object, dtype: torch.dtype, device: torch.device) -> None:
+        self.dtype, self.device = dtype, device
+        self._copies = {
+            id(tensor): (tensor, tensor.detach().to(device=device, dtype=dtype))
+            for tensor in parts_of(decoder).tensors
+            if tensor.dtype != dtype or tensor.device != device
+        }
+
+    def refresh(self) -> None:
+        for own, copy in self._copies.values():
+            copy.copy_(own.detach())
+
+    def __call__(self, tensor: Tensor) -> Tensor:
+        found = self._copies.get(id(tensor))
+        return tensor.detach() if found is None else found[1]
+
+    def zeros(self, *shape: int) -> Tensor:
+        return torch.zeros(shape, dtype=self.dtype, device=self.device)
+
+    def rows(self, table: Tensor, places: Tensor) -> Tensor:
+        """Rows of a table; places beyond its ends are the nearest."""
+        return F.embedding(places.clamp(0, table.shape[0] - 1), self(table))
+
+    def affine(
+        self,
+        affine: Affine,
+        x: Tensor,
+        activation: str | None = None,
+        residual: Tensor | None = None,
+        norm: Norm | None = None,
+    ) -> Tensor:
+        """norm(residual + activation(x W' + b))."""
+        weight, bias = self(affine.weight), None if affine.bias is None else self(affine.bias)
+        if activation is None and residual is None and norm is None:
+            return F.linear(x, weight, bias)
+        options: dict[str, Any] = {}
+        if norm is not None:
+            options = {
+                "norm": norm.kind,
+                "norm_weight": self(norm.weight),
+                "norm_bias": None if norm.bias is None else self(norm.bias),
+                "norm_eps": norm.eps,
+            }
+        return linear(x, weight, bias, activation=activation, residual=residual, **options)
+
+    def norm(self, norm: Norm, x: Tensor) -> Tensor:
+        size, weight = (x.shape[-1],), self(norm.weight)
+        if norm.kind == "rms":
+            return F.rms_norm(x, size, weight, norm.eps)
+        return F.layer_norm(
+            x, size, weight, None if norm.bias is None else self(norm.bias), norm.eps
+        )

@@ -1,0 +1,189 @@
+"""generate() with whole models on the engine of the GPU: the tests of the compiled engine, for it.
+
+Everywhere but in the last tests its ops run on whatever they would, so that all models and options
+are searched in seconds; there they run in Triton's interpreter.
+"""
+
+# ruff: noqa: F401 (tests run where they are imported)
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from test_generation import (
+    BEAMS,
+    BUILDERS,
+    FEW,
+    SENTENCES,
+    assert_agrees,
+    generate,
+    made,
+    test_attention,
+    test_batches,
+    test_changed_models,
+    test_no_sentences,
+    test_prefixes,
+    test_streams_by_the_order_given,
+    test_weights_that_are_no_numbers,
+    tokens_of,
+)
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from encdec_fast import explain, use_backend
+from encdec_fast.backends import Backend
+
+run: Any = importlib.import_module("encdec_fast.generation.device.run")
+module: Any = importlib.import_module("encdec_fast.generation.generate")
+BACKENDS = module.BACKENDS
+
+
+@pytest.fixture(autouse=True)
+def on_the_device(
+    request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[None]:
+    """The GPU's engine stands for the CPU's; tests with `interpreter` ask for it by name."""
+    if "interpreter" not in request.fixturenames:
+
+        def search(batch: Any) -> Any:
+            with use_backend(None):  # the ops run on whatever they would
+                return module._run_on(run.run, batch)
+
+        here = Backend("cpu", search, lambda call: [])
+        monkeypatch.setattr(module, "BACKENDS", (here, *BACKENDS[2:]))
+    yield
+
+
+@pytest.mark.parametrize("name", BUILDERS)
+def test_as_reference(name: str) -> None:
+    assert_agrees(name, {})
+    assert_agrees(name, BEAMS)
+
+
+@pytest.mark.parametrize("name", FEW)
+def test_bfloat16(name: str) -> None:
+    """Most tokens are the same until a hypothesis first differs, as with the compiled engine."""
+    model, config = made(name)
+    whole = tokens_of(generate(model, SENTENCES, config))
+    narrow = tokens_of(generate(model, SENTENCES, config, weight_dtype=torch.bfloat16))
+    pairs = zip(whole, narrow, strict=True)
+    same = [a == b for one, two in pairs for a, b in zip(one[0], two[0], strict=False)]
+    assert 0.7 * len(same) <= sum(same)
+
+
+class Strict(TorchDispatchMode):
+    """Refuses what a CUDA graph cannot hold: numbers read on the host, or brought from there, and
+    results whose sizes depend on values."""
+
+    FORBIDDEN = (
+        "_local_scalar_dense",
+        "lift_fresh",
+        "nonzero",
+        "masked_select",
+        "unique",
+        "is_nonzero",
+    )
+
+    def __torch_dispatch__(
+        self, function: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        name = function.name().split("::")[1].split(".")[0]
+        if name in self.FORBIDDEN:
+            raise AssertionError(f"a step calls {function.name()}")
+        if name == "index" and any(t is not None and t.dtype == torch.bool for t in args[1]):
+            raise AssertionError("a step selects by a mask")
+        return function(*args, **(kwargs or {}))
+
+
+OPTIONS: dict[str, dict[str, Any]] = {
+    "greedy": {},
+    "beams": BEAMS,
+    "coverage": {**BEAMS, "coverage_penalty": 0.4},
+    "draws": {"do_sample": True, "num_return_sequences": 2, "top_p": 0.9},
+    "beam sampling": {"do_sample": True, "num_beams": 3},
+    "constraints": {
+        **BEAMS,
+        "no_repeat_ngram_size": 2,
+        "bad_words_ids": [[4], [5, 6]],
+        "suppress_tokens": [7],
+        "begin_suppress_tokens": [8],
+        "min_length": 4,
+        "forced_bos_token_id": 9,
+        "vocabulary": list(range(2, 20)),
+    },
+    "penalties": {"num_beams": 2, "repetition_penalty": 1.3, "prefix_bias": 0.3},
+}
+
+
+@pytest.mark.parametrize("options", OPTIONS)
+@pytest.mark.parametrize("name", [name for name in FEW if "None" not in name])
+def test_a_step_can_be_captured(name: str, options: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It reads nothing back, and what is kept between steps and calls stays where it lies.
+
+    A graph is stood in for by the function that it would be made of.
+    """
+    sessions: list[Any] = []
+
+    def take(session: Any) -> None:
+        if session not in sessions:
+            sessions.append(session)
+        lies = addresses(session)
+        with Strict() if session.search.position else contextlib.nullcontext():
+            session.step()
+        assert addresses(session) == lies
+
+    monkeypatch.setattr(run.Session, "take", take)
+    for op in ("_attention_checks", "cached_attention"):  # on a GPU they look at no values
+        checks = importlib.import_module(f"encdec_fast.ops.{op}")
+        monkeypatch.setattr(checks, "check_device_values", lambda tensor: False)
+    model, config = made(name)
+    config = config.replace(**OPTIONS[options])
+    prefixes = [[3, 4]] * len(SENTENCES) if config.prefix_bias else None
+    for _ in range(2):
+        generate(model, SENTENCES, config, prefixes=prefixes)
+    assert len(sessions) == 1
+    assert explain(generate, model, SENTENCES, config).backend == "cpu"
+
+
+def addresses(session: Any) -> list[int]:
+    """Where everything lies that a session keeps."""
+    found: list[int] = []
+
+    def visit(part: Any) -> None:
+        if isinstance(part, Tensor):
+            found.append(part.data_ptr())
+        elif isinstance(part, (list, tuple)):
+            for item in part:
+                visit(item)
+
+    for owner in (session.search, session.steps):
+        for part in vars(owner).values():
+            visit(part)
+    return found
+
+
+@pytest.mark.parametrize("name", FEW)
+def test_on_triton(name: str, interpreter: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Decoder and search on Triton's kernels, asked for by name."""
+    model, config = made(name)
+    encode = type(model).generation_encode
+
+    def as_ever(*args: Any) -> Any:
+        with use_backend(None):
+            return encode(*args)
+
+    monkeypatch.setattr(type(model), "generation_encode", as_ever)
+    few = [SENTENCES[0], SENTENCES[5]]
+    config = config.replace(num_beams=2, num_return_sequences=2, max_new_tokens=5)
+    with use_backend("reference"):
+        expected = generate(model, few, config)
+    with use_backend("triton"):
+        assert explain(generate, model, few, config).backend == "triton"
+        found = generate(model, few, config)
+    assert tokens_of(found) == tokens_of(expected)
+    torch.testing.assert_close(found.scores, expected.scores, rtol=0, atol=2e-4)
