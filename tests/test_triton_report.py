@@ -18,9 +18,11 @@ FAMILIES = {
     "additive_attention",
     "attention",
     "attention_backward",
+    "cached_attention",
     "cross_entropy",
     "gated_bridge",
     "linear",
+    "log_softmax_topk",
     "recurrent",
 }
 

@@ -1,4 +1,4 @@
-"""What follows the product of linear; encdec_fast/ops/linear.py has the shapes.
+"""What follows the product of linear; encdec_fast/ops/linear.py and add_norm.py have the shapes.
 
     y = norm(residual + activation(product + bias))
 
@@ -99,6 +99,7 @@ def forward_kernel(
     residual,
     norm_weight,
     norm_bias,
+    before,  # None, or where to write what the norm is given
     result,
     M,
     N,
@@ -113,6 +114,8 @@ def forward_kernel(
     at = m[:, None] * N + n[None, :]
     inside = (m[:, None] < M) & (n[None, :] < N)
     _, y = _before_norm(product, bias, residual, at, inside, n, N, ACTIVATION)
+    if before is not None:
+        tl.store(before + at, y, inside)
     if NORM != 0:
         y, _ = _normed(y, inside, N, eps, NORM)
         if norm_weight is not None:
@@ -125,6 +128,7 @@ def forward_kernel(
 @triton.jit
 def backward_kernel(
     grad,
+    of_before,  # the gradient of what the norm was given, or None
     product,
     bias,
     residual,
@@ -160,6 +164,8 @@ def backward_kernel(
                 d *= _row(norm_weight, n, N)
             d -= y * (tl.sum(d * y, 1) / N)[:, None] + _mean(d, N, NORM)
             d = tl.where(inside, d * rate, 0.0)
+        if of_before is not None:
+            d += tl.load(of_before + at, inside, 0.0).to(tl.float32)
         if of_residual is not None:
             tl.store(of_residual + at, d, inside)
         d *= _slope(x, ACTIVATION)
@@ -207,14 +213,18 @@ def forward(
     activation: str,
     norm: str,
     eps: float,
+    before: Tensor | None = None,
 ) -> Tensor:
-    """The result; all tensors contiguous and on one device. With a norm: up to NUMBERS features."""
+    """The result; all tensors contiguous and on one device. With a norm: up to NUMBERS features.
+
+    before: as product; receives what the norm is given.
+    """
     result = torch.empty_like(product)
     if product.numel() > 0:
         N = product.shape[-1]
         M, options = product.numel() // N, _options(activation, norm, N)
         grid = (triton.cdiv(M, options["ROWS"]), triton.cdiv(N, options["COLUMNS"]))
-        tensors = (product, bias, residual, norm_weight, norm_bias, result)
+        tensors = (product, bias, residual, norm_weight, norm_bias, before, result)
         forward_kernel[grid](*tensors, M, N, eps, **options)
     return result
 
@@ -229,8 +239,12 @@ def backward(
     activation: str,
     norm: str,
     eps: float,
+    of_before: Tensor | None = None,
 ) -> list[Tensor | None]:
-    """Gradients of the five tensors of `forward`, None for those that are absent."""
+    """Gradients of the five tensors of `forward`, None for those that are absent.
+
+    of_before: the gradient of what the norm was given, from elsewhere.
+    """
     of_product = torch.empty_like(product)
     of_residual = None if residual is None else torch.empty_like(product)
     N = product.shape[-1]
@@ -242,8 +256,8 @@ def backward(
     ]
     if product.numel() > 0:
         grid = (parts, triton.cdiv(N, options["COLUMNS"]))
-        tensors = (grad, product, bias, residual, norm_weight, of_product, of_residual, *sums)
-        backward_kernel[grid](*tensors, M, N, eps, **options)
+        tensors = (grad, of_before, product, bias, residual, norm_weight, of_product, of_residual)
+        backward_kernel[grid](*tensors, *sums, M, N, eps, **options)
     found = [None if part is None else part.sum(0).to(product.dtype) for part in sums]
     return [of_product, found[0], of_residual, *found[1:]]
 
@@ -257,7 +271,7 @@ def configurations(dtype: str) -> Iterator[Configuration]:
     types = {name: f"*{dtype}" for name in names if name.islower()}
     types |= dict.fromkeys(("of_bias", "of_norm_weight", "of_norm_bias"), "*fp32")
     types |= {"M": "i32", "N": "i32", "eps": "fp32"}
-    absent = ("bias", "residual", "norm_weight", "norm_bias")
+    absent = ("bias", "residual", "norm_weight", "norm_bias", "before", "of_before")
     sums = ("of_residual", "of_bias", "of_norm_weight", "of_norm_bias")
     for kernel in (forward_kernel, backward_kernel):
         options = _options("gelu_tanh", "layer", NUMBERS)

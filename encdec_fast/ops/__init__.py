@@ -1,6 +1,7 @@
 """The ops, one file each: the one place that tells everything about it."""
 
 from encdec_fast.ops._packing import repack
+from encdec_fast.ops.add_norm import add_norm
 from encdec_fast.ops.additive_attention import additive_attention
 from encdec_fast.ops.attention import attention
 from encdec_fast.ops.attention_decoder import attention_decoder
@@ -18,6 +19,7 @@ from encdec_fast.ops.rnn import rnn, rnn_cell
 from encdec_fast.ops.varlen_attention import varlen_attention
 
 __all__ = [
+    "add_norm",
     "additive_attention",
     "attention",
     "attention_decoder",

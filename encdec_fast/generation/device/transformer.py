@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from encdec_fast.generation.decoders import Affine, TransformerDecoder, TransformerLayer
+from encdec_fast.generation.decoders import Affine, Norm, TransformerDecoder, TransformerLayer
 from encdec_fast.generation.device.weights import Weights, put
 from encdec_fast.generation.engine import Encoded
 from encdec_fast.ops.attention import attention
@@ -60,17 +60,37 @@ class TransformerSteps:
         places = position.expand(tokens.shape[0]).contiguous()
         bias = self._bias(position)
         shown: Tensor | None = None
+        # y is what the next block reads: the stream x itself, or with norm_first its norm.
+        y = own.norm(decoder.layers[0].self_norm, x) if decoder.norm_first else x
         for i, layer in enumerate(decoder.layers):
-            x = self._attend_self(i, layer, x, ancestors, places, bias)
             last = i + 1 == len(decoder.layers)
-            x, weights = self._attend_memory(i, layer, x, self.needs and last)
-            shown = weights if last else shown
-            x = self._feed_forward(layer, x)
-        if decoder.final_norm is not None:
-            x = own.norm(decoder.final_norm, x)
+            written = self._attend_self(i, layer, y, ancestors, places, bias)
+            y, x = self._end(layer.self_out, written, x, layer.self_norm, layer.cross_norm)
+            seen, shown = self._attend_memory(i, layer, y, self.needs and last)
+            y, x = self._end(layer.cross_out, seen, x, layer.cross_norm, layer.feed_norm)
+            after = decoder.final_norm if last else decoder.layers[i + 1].self_norm
+            y, x = self._end(layer.down, self._hidden(layer, y), x, layer.feed_norm, after)
+        if decoder.final_norm is not None and not decoder.norm_first:
+            y = own.norm(decoder.final_norm, y)
         if decoder.output_scale != 1:
-            x = x * decoder.output_scale
-        return own.affine(decoder.output, x), shown
+            y = y * decoder.output_scale
+        return own.affine(decoder.output, y), shown
+
+    def _end(
+        self, out: Affine, inner: Tensor, x: Tensor, norm: Norm, after: Norm | None
+    ) -> tuple[Tensor, Tensor]:
+        """(what the next block reads, the stream) behind a block that ends with the product `out`.
+
+        norm: of this block; after: of the next one, or the last of all.
+        """
+        if not self.decoder.norm_first:
+            x = self.weights.affine(out, inner, residual=x, norm=norm)
+            return x, x
+        product = self.weights.affine(out, inner)
+        if after is None:
+            return x + product, x + product
+        found: tuple[Tensor, Tensor] = self.weights.norm(after, product, x)
+        return found
 
     def _bias(self, position: Tensor) -> Tensor | None:
         """(H, L): of the scores of each place, by how far it lies behind."""
@@ -80,28 +100,15 @@ class TransformerSteps:
         back = (position - torch.arange(self.L, device=position.device)).clamp(0, bias.shape[1] - 1)
         return self.weights(bias).index_select(1, back)
 
-    def _block(self, layer: TransformerLayer, name: str, x: Tensor) -> Tensor:
-        """What a block reads: the stream, with norm_first behind its norm."""
-        first = self.decoder.norm_first
-        return self.weights.norm(getattr(layer, f"{name}_norm"), x) if first else x
-
-    def _added(
-        self, layer: TransformerLayer, name: str, out: Affine, y: Tensor, x: Tensor
-    ) -> Tensor:
-        """The stream behind a block that ends with a product."""
-        norm = None if self.decoder.norm_first else getattr(layer, f"{name}_norm")
-        return self.weights.affine(out, y, residual=x, norm=norm)
-
     def _attend_self(
         self,
         i: int,
         layer: TransformerLayer,
-        x: Tensor,
+        y: Tensor,
         ancestors: Tensor,
         places: Tensor,
         bias: Tensor | None,
     ) -> Tensor:
-        y = self._block(layer, "self", x)
         heads = (self.decoder.heads, self.decoder.head_size)
         new = [
             self.weights.affine(affine, y).unflatten(1, heads)
@@ -110,12 +117,12 @@ class TransformerSteps:
         found = cached_attention(
             *(new[0], new[1], new[2], *self.cache[i], ancestors, places, bias), scale=self.scale
         )
-        return self._added(layer, "self", layer.self_out, found.flatten(1), x)
+        return found.flatten(1)
 
     def _attend_memory(
-        self, i: int, layer: TransformerLayer, x: Tensor, needs: bool
+        self, i: int, layer: TransformerLayer, y: Tensor, needs: bool
     ) -> tuple[Tensor, Tensor | None]:
-        query = self.weights.affine(layer.cross_query, self._block(layer, "cross", x))
+        query = self.weights.affine(layer.cross_query, y)
         rows = query.view(self.B, self.K, self.decoder.heads, -1).transpose(1, 2)
         keys, values = self.cross[i]
         found = attention(
@@ -126,15 +133,12 @@ class TransformerSteps:
             average_weights=needs,
         )
         output, weights = found if needs else (found, None)
-        y = output.transpose(1, 2).reshape(self.B * self.K, -1)
-        shown = None if weights is None else weights.flatten(0, 1)
-        return self._added(layer, "cross", layer.cross_out, y, x), shown
+        whole = output.transpose(1, 2).reshape(self.B * self.K, -1)
+        return whole, None if weights is None else weights.flatten(0, 1)
 
-    def _feed_forward(self, layer: TransformerLayer, x: Tensor) -> Tensor:
-        y, activation = self._block(layer, "feed", x), self.decoder.activation
+    def _hidden(self, layer: TransformerLayer, y: Tensor) -> Tensor:
+        """The inner features of the feed-forward block."""
+        activation = self.decoder.activation
         if layer.gate is None:
-            hidden = self.weights.affine(layer.up, y, activation)
-        else:
-            gate = self.weights.affine(layer.gate, y, activation)
-            hidden = gate * self.weights.affine(layer.up, y)
-        return self._added(layer, "feed", layer.down, hidden, x)
+            return self.weights.affine(layer.up, y, activation)
+        return self.weights.affine(layer.gate, y, activation) * self.weights.affine(layer.up, y)

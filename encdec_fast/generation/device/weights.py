@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from encdec_fast.generation.decoders import Affine, Norm, parts_of
+from encdec_fast.ops.add_norm import add_norm
 from encdec_fast.ops.linear import linear
 
 
@@ -56,9 +57,9 @@ class Weights:
         residual: Tensor | None = None,
         norm: Norm | None = None,
     ) -> Tensor:
-        """norm(residual + activation(x W' + b))."""
+        """activation(x W' + b), and with a norm norm(residual + x W' + b)."""
         weight, bias = self(affine.weight), None if affine.bias is None else self(affine.bias)
-        if activation is None and residual is None and norm is None:
+        if activation is None and norm is None:
             return F.linear(x, weight, bias)
         options: dict[str, Any] = {}
         if norm is not None:
@@ -70,10 +71,7 @@ class Weights:
             }
         return linear(x, weight, bias, activation=activation, residual=residual, **options)
 
-    def norm(self, norm: Norm, x: Tensor) -> Tensor:
-        size, weight = (x.shape[-1],), self(norm.weight)
-        if norm.kind == "rms":
-            return F.rms_norm(x, size, weight, norm.eps)
-        return F.layer_norm(
-            x, size, weight, None if norm.bias is None else self(norm.bias), norm.eps
-        )
+    def norm(self, norm: Norm, x: Tensor, residual: Tensor | None = None) -> Any:
+        """The norm of x; with a residual that of their sum, and the sum."""
+        bias = None if norm.bias is None else self(norm.bias)
+        return add_norm(x, residual, self(norm.weight), bias, norm=norm.kind, eps=norm.eps)
