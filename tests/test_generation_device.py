@@ -5,12 +5,13 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
 import test_generation_search as shared
 import torch
+from hypothesis import given, settings
 from test_generation_search import (
     test_a_vocabulary_larger_than_a_vector,
     test_as_reference,
@@ -31,6 +32,7 @@ from test_generation_search import (
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from encdec_fast import use_backend
 from encdec_fast.generation import GenerationConfig, Hypothesis
 from encdec_fast.generation.device.search import Search
 from encdec_fast.generation.engine import Encoded, Request
@@ -93,7 +95,81 @@ def search(
 
 
 @pytest.fixture(autouse=True)
-def on_the_device(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def on_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
     """The tests of the compiled search find this one in its place."""
     monkeypatch.setattr(shared, "search", search)
-    yield
+
+
+SMALL = shared.Case(shared.Table(4, 3, 11), [[0], [1, 2], [3]], need_attention=True)
+BEAMS = {"num_beams": 3, "num_return_sequences": 3}
+FUSED: dict[str, dict[str, Any]] = {
+    "greedy": {},
+    "beams": BEAMS,
+    "two ends": {**BEAMS, "eos_token_id": [2, 5]},
+    "stop at once": {**BEAMS, "early_stopping": True, "length_penalty": 2.0},
+    "stop never": {**BEAMS, "early_stopping": "never", "length_penalty": 0.4},
+    "never, long ones better": {**BEAMS, "early_stopping": "never", "length_penalty": -1.0},
+    "history": {**BEAMS, "no_repeat_ngram_size": 2, "bad_words_ids": [[4, 3]]},
+    "coverage": {**BEAMS, "coverage_penalty": 1.5},
+    "soft prefix": {**BEAMS, "prefix_bias": 0.6},
+    "hardly anything may follow": {**BEAMS, "vocabulary": [2, 3], "no_repeat_ngram_size": 1},
+    "draws": {"do_sample": True, "seed": 3, "num_return_sequences": 2, "temperature": 1.6},
+    "beam sampling": {"do_sample": True, "seed": 3, "top_k": 4, **BEAMS},
+    "beam sampling, covered": {"do_sample": True, "top_p": 0.7, "coverage_penalty": 0.4, **BEAMS},
+}
+
+
+@pytest.mark.parametrize("name", FUSED)
+def test_a_step_in_one_kernel(name: str, interpreter: None) -> None:
+    """It finds what torch's ops find, draws and all, and so what the reference does."""
+    options = {"max_new_tokens": 5, "eos_token_id": 2, "seed": 1, **FUSED[name]}
+    config = GenerationConfig(**options)
+    prefixes = [[3, 3], [4], []] if config.prefix_bias else None
+    more = {**SMALL.options(), "prefixes": prefixes}
+    expected = search(*SMALL.given(config), **more)
+    with use_backend("triton"):
+        found = search(*SMALL.given(config), **more)
+    assert shared.written(found) == shared.written(expected)
+    for mine, others in zip(found, expected, strict=True):
+        for own, other in zip(mine, others, strict=True):
+            assert own.score == pytest.approx(other.score, abs=2e-6)
+            assert own.log_probs == pytest.approx(other.log_probs, abs=1e-6)
+            assert own.attention is not None and other.attention is not None
+            assert torch.equal(own.attention, other.attention)
+
+
+def test_a_step_in_one_kernel_as_the_reference(interpreter: None) -> None:
+    """With random models and options, as the compiled search is tested."""
+
+    @settings(max_examples=12, deadline=None, derandomize=True, database=None)
+    @given(shared.cases())
+    def check(drawn: tuple[shared.Case, GenerationConfig]) -> None:
+        with use_backend("triton"):
+            shared.compare(*drawn)
+
+    check()
+
+
+def test_time_is_over_while_prompts_are_read(interpreter: None) -> None:
+    """Sentences that have written nothing give their prompts, the others what they have."""
+    config = GenerationConfig(eos_token_id=2, max_new_tokens=5, max_time=1e-9, **BEAMS)
+    case = shared.Case(SMALL.table, [[0], [1, 2, 3], [4]])
+    for name in (None, "triton"):
+        with use_backend(name):
+            found = search(*case.given(config))
+        assert [h.tokens for h in found[1]] == [[1, 2, 3]]
+        assert [len(h.tokens) for h in found[0]] == [2, 2, 2]
+
+
+@pytest.mark.parametrize("beams", [1, 3])
+def test_streams_and_numbers_of_the_kernel(beams: int, interpreter: None) -> None:
+    config = GenerationConfig(max_new_tokens=4, eos_token_id=2, num_beams=beams)
+    pieces: dict[int, list[int]] = {i: [] for i in range(3)}
+    with use_backend("triton"):
+        found = search(*SMALL.given(config), stream=lambda i, tokens: pieces[i].extend(tokens))
+        table = shared.Table(4, 3, 11)
+        table.logits[1, 2] = torch.nan
+        with pytest.raises(RuntimeError, match="NaN or infinite"):
+            search(table.step, table.state(), SMALL.prompts, config)
+    for i, prompt in enumerate(SMALL.prompts):
+        assert [*prompt, *pieces[i]] == found[i][0].tokens

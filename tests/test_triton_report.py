@@ -18,6 +18,7 @@ FAMILIES = {
     "additive_attention",
     "attention",
     "attention_backward",
+    "beam_search",
     "cached_attention",
     "cross_entropy",
     "gated_bridge",

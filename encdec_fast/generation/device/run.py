@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from encdec_fast.backends import requested_backend
 from encdec_fast.backends.locks import ForkSafeLock
 from encdec_fast.generation.config import GenerationConfig
 from encdec_fast.generation.decoders import Decoder, RecurrentDecoder
@@ -81,7 +82,7 @@ class Session:
         """Feed the next tokens and choose those after them."""
         search = self.search
         taken = self.steps.step(
-            search.next_tokens, search.parents, search.position, search.ancestors
+            search.next_tokens, search.parents, search.position[:1], search.ancestors
         )
         search.advance(*taken)
 
@@ -104,7 +105,7 @@ def _key(decoder: Decoder, config: GenerationConfig, *sizes: Any) -> Any:
     # The weights' counters do not matter: they are read where they lie, or copied anew.
     traces = [t[0] if isinstance(t, tuple) else t for t in traces_of(decoder)]
     options = repr(astuple(config.replace(seed=None, max_time=None, max_batch_tokens=None)))
-    return repr(traces), options, sizes
+    return repr(traces), options, sizes, requested_backend()
 
 
 def _session(
@@ -191,7 +192,7 @@ class _Watch:
         return any(self.open)
 
     def _stream(self, now: list[list[bool]]) -> None:
-        found, last = self.search.read(), int(self.search.position)
+        found, last = self.search.read(), int(self.search.position[0])
         for b, request in enumerate(self.requests):
             if not self.open[b]:
                 continue

@@ -20,6 +20,7 @@ from encdec_fast.generation.device.scores import Candidates, Rows, Scores
 from encdec_fast.generation.engine import Request
 from encdec_fast.generation.reference import spare
 from encdec_fast.generation.result import Hypothesis
+from encdec_fast.ops import _triton
 
 NOTHING = -1  # in place of a row: nothing was written; in place of a token: none is behind the row
 
@@ -79,7 +80,10 @@ class Search:
             return torch.zeros(shape, dtype=dtype, device=device)
 
         self.places = torch.arange(R, device=device)
-        self.position = numbers(1)
+        self.settings = torch.tensor(
+            [config.length_penalty, config.coverage_penalty], dtype=torch.float64, device=device
+        )
+        self.position = numbers(B)  # the same for all: that of the last tokens
         self.late, self.failed = numbers(1, dtype=torch.bool), numbers(1)
         self.prompts, self.lengths, self.limits = numbers(B, P), numbers(B), numbers(B)
         self.numbers, self.seed, self.sources = numbers(B), numbers(1), numbers(B)
@@ -95,6 +99,12 @@ class Search:
         self.ancestors = numbers(R, L, dtype=torch.int32)
         self.history = numbers(R, L) if self.scores.reads else None
         self.ended, self.stuck = self._none(), self._none()
+        # How many of the best continuations of a sentence are looked at.
+        self.kept = min(K * self.scores.kept, spare(config) * K if K > 1 else 1)
+        self.fused = not _triton.unfit_device(device.type)
+        if self.fused:
+            self.kernels = _triton.kernels("beam_search")
+            self.fused = K * self.scores.kept <= self.kernels.MOST
 
     def _none(self) -> Ended:
         shape = (self.sizes.B, self.sizes.K)
@@ -107,8 +117,8 @@ class Search:
     def begin(self, requests: Sequence[Request], lengths: Sequence[int], seed: int) -> None:
         """Start anew; requests and lengths (of the sources) have one entry for each sentence."""
         _, K, _, P, X, _, _ = self.sizes
-        for tensor in vars(self).values():
-            if isinstance(tensor, Tensor) and tensor is not self.places:
+        for name, tensor in vars(self).items():
+            if isinstance(tensor, Tensor) and name not in ("places", "settings"):
                 tensor.zero_()
         for kept in (self.ended, self.stuck):
             for field in kept:
@@ -142,6 +152,31 @@ class Search:
 
     def advance(self, logits: Tensor, attention: Tensor | None) -> None:
         """Take the logits (R, V) and attention (R, S) of the rows' last tokens."""
+        found = self.scores.find(logits, self._rows(self.position[0] + 1))
+        attention = None if attention is None else attention.float()
+        if self.fused:
+            self._launch(found, attention)
+        else:
+            self._advance(found, attention)
+
+    def _launch(self, found: Candidates, attention: Tensor | None) -> None:
+        """`_advance` in one kernel."""
+        B, K, L, P, X, S, _ = self.sizes
+        tensors = [
+            *(self.position, self.late, self.failed, self.settings),
+            *(self.prompts, self.lengths, self.limits, self.sources, self.scores.ends),
+            *(self.open, self.sums, self.next_tokens, self.parents),
+            *(self.tokens, self.rows, self.log_probs, self.ancestors),
+            *(self.history, self.prefix, self.follows, self.attention, self.received),
+            *(*self.ended, *self.stuck),
+        ]
+        sizes = (B, P, X, L, S, self.scores.ends.numel())
+        options = (self.config.do_sample, self.config.early_stopping)
+        contiguous = [tensor.contiguous() for tensor in found]
+        seen = None if attention is None else attention.contiguous()
+        self.kernels.advance(contiguous, seen, tensors, sizes, K, self.kept, *options)
+
+    def _advance(self, found: Candidates, attention: Tensor | None) -> None:
         B, K, *_ = self.sizes
         length = self.position[0] + 1
         alive = self.open.any(1)
@@ -149,15 +184,14 @@ class Search:
         searching = alive & ~reading
         if self.attention is not None:
             assert attention is not None
-            self.attention.index_copy_(0, self.position, attention.float().unsqueeze(0))
-        found = self.scores.find(logits, self._rows(length))
+            self.attention.index_copy_(0, self.position[:1], attention.unsqueeze(0))
         here = (self.open & searching.unsqueeze(1)).flatten()
         failed = (here & ~found.healthy).any() & (self.failed == 0)
         self.failed.copy_(torch.where(failed, length, self.failed))
         received = None
         if self.received is not None:
             assert attention is not None
-            received = self.received + torch.where(here.unsqueeze(1), attention.float(), 0)
+            received = self.received + torch.where(here.unsqueeze(1), attention, 0)
         self._keep_stuck(found, length, searching)
         sums, beams, tokens, log_probs = self._best(found, searching)
         possible = sums > -math.inf
@@ -202,12 +236,11 @@ class Search:
         """(B, kept) of a sentence's best continuations: sums, beams, tokens, log probabilities."""
         B, K = self.sums.shape
         k = found.tokens.shape[1]
-        kept = min(K * k, spare(self.config) * K if K > 1 else 1)
         log_probs = found.log_probs.view(B, K, k)
         before = self.sums.masked_fill(~(self.open & searching.unsqueeze(1)), -math.inf)
         sums = before.unsqueeze(2) + log_probs
         ranks = before.unsqueeze(2) + found.ranks.view(B, K, k)
-        order = ranks.flatten(1).sort(stable=True, dim=1, descending=True).indices[:, :kept]
+        order = ranks.flatten(1).sort(stable=True, dim=1, descending=True).indices[:, : self.kept]
         if self.config.do_sample:  # what was drawn is in the order of its scores from here on
             drawn = sums.flatten(1).gather(1, order)
             order = order.gather(1, drawn.sort(stable=True, dim=1, descending=True).indices)
