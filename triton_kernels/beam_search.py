@@ -16,7 +16,7 @@ import triton.language as tl
 from encdec_fast.triton_kernels._configuration import Configuration
 from torch import Tensor
 
-MOST = 4096  # candidates of all rows of a sentence
+MOST = 2048  # candidates of all rows of a sentence
 TILE = 512  # numbers of a table that are moved at a time
 EARLY = (False, True, "never")  # as the kernel numbers them
 
@@ -306,7 +306,7 @@ def _options(K: int, each: int, kept: int, ends: int) -> dict[str, Any]:
         "WIDTH": max(16, TILE // lanes),
         "num_warps": max(1, flat // 256),
         # Left to itself, the compiler stops at 128, and some numbers do not fit.
-        "maxnreg": 192 if flat <= 256 else None,
+        "maxnreg": 192 if flat <= 256 else 255,
     }
 
 

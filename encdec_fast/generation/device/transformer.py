@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from encdec_fast.generation.decoders import Affine, Norm, TransformerDecoder, TransformerLayer
 from encdec_fast.generation.device.weights import Weights, put
@@ -32,6 +33,10 @@ class TransformerSteps:
         self.scale = D**-0.5 if scale is None else scale
         self.memory = weights.zeros(B, S, decoder.layers[0].cross_key.weight.shape[1])
         self.lengths = torch.zeros(B, dtype=torch.int64, device=weights.device)
+        self.self_projections = [
+            weights.join((layer.self_query, layer.self_key, layer.self_value))
+            for layer in decoder.layers
+        ]
         layers = range(len(decoder.layers))
         self.cross = [[weights.zeros(B, H, S, D) for _ in range(2)] for _ in layers]
         self.cache = [[weights.zeros(L, B * K, H, D) for _ in range(2)] for _ in layers]
@@ -64,7 +69,7 @@ class TransformerSteps:
         y = own.norm(decoder.layers[0].self_norm, x) if decoder.norm_first else x
         for i, layer in enumerate(decoder.layers):
             last = i + 1 == len(decoder.layers)
-            written = self._attend_self(i, layer, y, ancestors, places, bias)
+            written = self._attend_self(i, y, ancestors, places, bias)
             y, x = self._end(layer.self_out, written, x, layer.self_norm, layer.cross_norm)
             seen, shown = self._attend_memory(i, layer, y, self.needs and last)
             y, x = self._end(layer.cross_out, seen, x, layer.cross_norm, layer.feed_norm)
@@ -103,20 +108,16 @@ class TransformerSteps:
     def _attend_self(
         self,
         i: int,
-        layer: TransformerLayer,
         y: Tensor,
         ancestors: Tensor,
         places: Tensor,
         bias: Tensor | None,
     ) -> Tensor:
-        heads = (self.decoder.heads, self.decoder.head_size)
-        new = [
-            self.weights.affine(affine, y).unflatten(1, heads)
-            for affine in (layer.self_query, layer.self_key, layer.self_value)
-        ]
-        found = cached_attention(
-            *(new[0], new[1], new[2], *self.cache[i], ancestors, places, bias), scale=self.scale
-        )
+        new = F.linear(y, *self.self_projections[i])
+        query, key, value = new.view(-1, 3, self.decoder.heads, self.decoder.head_size).unbind(1)
+        keys, values = self.cache[i]
+        tensors = (query, key, value, keys, values, ancestors, places)
+        found = cached_attention(*tensors, bias, scale=self.scale)
         return found.flatten(1)
 
     def _attend_memory(

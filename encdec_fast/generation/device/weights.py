@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -28,6 +29,7 @@ class Weights:
 
     def __init__(self, decoder: object, dtype: torch.dtype, device: torch.device) -> None:
         self.dtype, self.device = dtype, device
+        self._joined: list[tuple[Tensor, Tensor]] = []
         self._copies = {
             id(tensor): (tensor, tensor.detach().to(device=device, dtype=dtype))
             for tensor in parts_of(decoder).tensors
@@ -35,8 +37,24 @@ class Weights:
         }
 
     def refresh(self) -> None:
+        """Copy the model's tensors as they are now."""
         for own, copy in self._copies.values():
             copy.copy_(own.detach())
+        for own, copy in self._joined:
+            copy.copy_(own.detach())
+
+    def join(self, affines: Sequence[Affine]) -> tuple[Tensor, Tensor | None]:
+        """(weight, bias) of one product in the place of several of the same input."""
+        weight = torch.cat([self(affine.weight) for affine in affines])
+        sizes = [affine.weight.shape[0] for affine in affines]
+        bias = None
+        if any(affine.bias is not None for affine in affines):
+            bias = self.zeros(sum(sizes))
+        for i, affine in enumerate(affines):
+            self._joined.append((affine.weight, weight.split(sizes)[i]))
+            if affine.bias is not None and bias is not None:
+                self._joined.append((affine.bias, bias.split(sizes)[i]))
+        return weight, bias
 
     def __call__(self, tensor: Tensor) -> Tensor:
         found = self._copies.get(id(tensor))
