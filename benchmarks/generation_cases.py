@@ -29,7 +29,7 @@ WEIGHTS: dict[str, Any] = {"float32": None, "bfloat16": torch.bfloat16, "int8": 
 
 
 @cache
-def _marian() -> Any:
+def marian() -> Any:
     """Transformer-base of 6 + 6 layers with random weights; the last token is padding."""
     from transformers import MarianConfig, MarianMTModel
 
@@ -60,14 +60,14 @@ def _marian() -> Any:
 def _translators() -> Any:
     from benchmarks.peers.ctranslate2_marian import Translators
 
-    return Translators(_marian(), torch.get_num_threads())
+    return Translators(marian(), torch.get_num_threads())
 
 
 @cache
 def _fast_marian(dtype: str) -> Any:
     from encdec_fast.integrations import transformers as integration
 
-    return integration.optimize(copy.deepcopy(_marian()), weight_dtype=WEIGHTS[dtype])
+    return integration.optimize(copy.deepcopy(marian()), weight_dtype=WEIGHTS[dtype])
 
 
 def _translation(case: OpCase) -> Work:
@@ -83,7 +83,7 @@ def _translation(case: OpCase) -> Work:
         "suppress_tokens": [VOCABULARY - 1],
     }
     given = {"input_ids": source, "attention_mask": torch.ones_like(source), **options}
-    right = _marian().generate(**given)
+    right = marian().generate(**given)
 
     def of_tensor(found: Tensor) -> Results:
         lengths = torch.full((len(found),), float(found.shape[1] - 1))
@@ -94,7 +94,7 @@ def _translation(case: OpCase) -> Work:
         lengths = torch.tensor([float(len(r.hypotheses[0])) for r in found])
         return {"length": lengths, **({"tokens": right} if case.dtype == "float32" else {})}
 
-    contenders = [Contender("transformers", lambda: _marian().generate(**given), of_tensor)]
+    contenders = [Contender("transformers", lambda: marian().generate(**given), of_tensor)]
     translators = _translators()
     for mode in translators.modes:
         call = translators.call(mode, source, beams, TARGET)

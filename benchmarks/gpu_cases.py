@@ -6,6 +6,8 @@ and then brought to a device and a dtype, so that every contender starts from th
 
 from __future__ import annotations
 
+import importlib
+import importlib.util
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -26,7 +28,8 @@ class GpuCase:
 
     peers: by name, functions of the same leaves that give the same results. numbers_moved: of what
     is bound by memory, the numbers that it reads and writes at least. bars: (peer, how many times
-    faster than the fastest whose name begins so) or ("copy", part of a copy's bandwidth).
+    faster than the fastest whose name begins so) or ("copy", part of a copy's bandwidth). trains:
+    whether it has gradients, which are then part of what is compared and timed.
     """
 
     op: str
@@ -37,6 +40,7 @@ class GpuCase:
     dtypes: tuple[str, ...] = ("float32", "bfloat16", "float16")
     numbers_moved: int = 0
     bars: tuple[tuple[str, float], ...] = ()
+    trains: bool = True
 
     @property
     def id(self) -> str:
@@ -68,9 +72,42 @@ def _recurrent(kind: str, T: int, B: int, I: int, H: int, both: bool, **options:
             return run(*leaves)
 
     said = ", ".join([f"T={T} B={B} I={I} H={H}", *(["both directions"] if both else []), *options])
+
+    def flash(turned: bool) -> Run:
+        def call(x: Tensor, w_ih: Tensor, w_hh: Tensor, *biases: Tensor) -> Tensor:
+            return _flash_rnn(x, w_ih * H**-0.5, w_hh * H**-0.5, biases, turned)
+
+        return call
+
+    peers: dict[str, Run] = {"torch": torchs}
+    plain = kind == "lstm" and not both and not states and not options
+    if plain and importlib.util.find_spec("flashrnn") is not None:
+        # It says nowhere which dimension of its matrices is the state's: the wrong one disagrees.
+        peers |= {
+            f"FlashRNN{' turned' if turned else ''}": flash(turned) for turned in (False, True)
+        }
     shapes = ((T, B, I), *own * directions, *states)
     bars = (("torch", 1.0),) if kind == "gru" or "lengths" in options else ()
-    return GpuCase(kind, said, shapes, run, {"torch": torchs}, bars=bars)
+    return GpuCase(kind, said, shapes, run, peers, bars=bars)
+
+
+def _flash_rnn(
+    x: Tensor, w_ih: Tensor, w_hh: Tensor, biases: Sequence[Tensor], turned: bool
+) -> list[Tensor]:
+    """FlashRNN's fused kernel behind torch's input product: the output, and the last h and c."""
+    T, B, _ = x.shape
+    H = w_hh.shape[1]
+    product = F.linear(x, w_ih, (biases[0] + biases[1]) * H**-0.5)
+    gates = product.view(T, B, 4, 1, H).transpose(0, 1)
+    matrices = w_hh.view(4, 1, H, H)
+    matrices = matrices.transpose(2, 3) if turned else matrices
+    zeros = x.new_zeros(4, 1, H)
+    flashrnn = importlib.import_module("flashrnn").flashrnn
+    states, _ = flashrnn(
+        gates.contiguous(), matrices.contiguous(), zeros, function="lstm", backend="cuda_fused"
+    )
+    h, c = states[0][:, :, 0].transpose(0, 1), states[1][:, :, 0].transpose(0, 1)
+    return [h, h[-1:], c[-1:]]
 
 
 def _lengths(most: int, count: int) -> list[int]:
@@ -190,6 +227,78 @@ def _cross_entropy(N: int, V: int, smoothing: float) -> GpuCase:
     )
 
 
+def _add_norm(M: int, N: int, norm: str, residual: bool = True) -> GpuCase:
+    shapes = ((M, N), *([(M, N)] if residual else []), (N,), (N,))
+
+    def run(x: Tensor, *rest: Tensor) -> Any:
+        other = rest[0] if residual else None
+        return ops.add_norm(x, other, *rest[-2:], norm=norm)
+
+    def torchs(x: Tensor, *rest: Tensor) -> Any:
+        total = x + rest[0] if residual else x
+        weight, bias = rest[-2:]
+        if norm == "layer":
+            output = F.layer_norm(total, (N,), weight, bias)
+        else:
+            output = F.rms_norm(total, (N,), weight, 1e-5) + bias
+        return (output, total) if residual else output
+
+    peers = {"torch": torchs, "torch.compile": torch.compile(torchs)}
+    moved = (10 if residual else 5) * M * N  # forward and backward, each tensor once in each
+    said = f"{norm}{'' if residual else ' alone'}, M={M} N={N}"
+    return GpuCase("add_norm", said, shapes, run, peers, numbers_moved=moved, bars=(("copy", 0.8),))
+
+
+def _log_softmax_topk(N: int, V: int, k: int) -> GpuCase:
+    def run(logits: Tensor) -> Tensor:
+        values: Tensor = ops.log_softmax_topk(logits, k)[0]
+        return values.to(logits.dtype)
+
+    def torchs(logits: Tensor) -> Tensor:
+        return logits.float().log_softmax(1).topk(k, dim=1).values.to(logits.dtype)
+
+    peers = {"torch": torchs, "torch.compile": torch.compile(torchs)}
+    return GpuCase(
+        "log_softmax_topk",
+        f"N={N} V={V} k={k}",
+        ((N, V),),
+        run,
+        peers,
+        numbers_moved=N * V,
+        bars=(("copy", 0.8),),
+        trains=False,
+    )
+
+
+def _cached_attention(R: int, H: int, D: int, P: int, place: int, bias: bool = False) -> GpuCase:
+    """The hypotheses of a search whose rows were mixed at every step."""
+    shapes = ((R, 3, H, D), (P, R, H, D), (P, R, H, D), *([(H, P)] if bias else []))
+
+    def given(device: torch.device) -> tuple[Tensor, Tensor]:
+        rows = torch.arange(R * P, device=device).view(R, P) * 7 % R
+        return rows.to(torch.int32), torch.full((R,), place, device=device)
+
+    def run(new: Tensor, keys: Tensor, values: Tensor, *own: Tensor) -> Tensor:
+        rows, places = given(new.device)
+        found: Tensor = ops.cached_attention(*new.unbind(1), keys, values, rows, places, *own)
+        return found
+
+    def torchs(new: Tensor, keys: Tensor, values: Tensor, *own: Tensor) -> Tensor:
+        """The rows gathered into caches of their own, and then SDPA."""
+        rows, _ = given(new.device)
+        query, key, value = new.unbind(1)
+        steps, at = torch.arange(place, device=new.device), rows[:, :place].long()
+        k, v = (
+            torch.cat([cache[steps, at], last.unsqueeze(1)], 1).transpose(1, 2)
+            for cache, last in ((keys, key), (values, value))
+        )
+        mask = own[0][None, :, None, : place + 1].expand(R, -1, -1, -1) if own else None
+        return F.scaled_dot_product_attention(query.unsqueeze(2), k, v, mask).squeeze(2)
+
+    said = f"R={R} H={H} D={D} place {place}{' bias' if bias else ''}"
+    return GpuCase("cached_attention", said, shapes, run, {"torch": torchs}, trains=False)
+
+
 def parity_cases() -> Iterator[GpuCase]:
     """Every op with its options, at sizes that fill no tile and at some that do."""
     for kind in ("lstm", "gru", "rnn"):
@@ -215,6 +324,13 @@ def parity_cases() -> Iterator[GpuCase]:
     yield _bridge(7, 40, 24)
     yield _cross_entropy(6, 5000, 0.1)
     yield _cross_entropy(6, 33, 0.0)
+    for norm in ("layer", "rms"):
+        yield _add_norm(9, 40, norm)
+        yield _add_norm(3, 2048, norm, residual=False)
+    yield _log_softmax_topk(5, 33, 4)
+    yield _log_softmax_topk(3, 5000, 10)
+    yield _cached_attention(5, 2, 24, 40, 37)
+    yield _cached_attention(3, 2, 64, 9, 8, bias=True)
 
 
 def speed_cases() -> Iterator[GpuCase]:
@@ -232,8 +348,14 @@ def speed_cases() -> Iterator[GpuCase]:
     yield _linear(8192, 512, 2048, None, "layer")
     yield _bridge(4096, 512, 512)
     yield _cross_entropy(4096, 32000, 0.1)
+    yield _add_norm(16384, 512, "layer")
+    yield _add_norm(16384, 1024, "rms")
+    yield _log_softmax_topk(128, 32000, 8)
+    yield _cached_attention(128, 8, 64, 64, 48)
 
 
-def on(device: torch.device, dtype: torch.dtype, leaves: Sequence[Tensor]) -> list[Tensor]:
-    """Copies of the leaves that ask for gradients."""
-    return [leaf.to(device, dtype).requires_grad_() for leaf in leaves]
+def on(
+    device: torch.device, dtype: torch.dtype, leaves: Sequence[Tensor], trains: bool = True
+) -> list[Tensor]:
+    """Copies of the leaves, which ask for gradients where a case trains."""
+    return [leaf.to(device, dtype, copy=True).requires_grad_(trains) for leaf in leaves]

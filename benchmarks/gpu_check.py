@@ -8,6 +8,8 @@ parity  Each op with its options on the Triton kernels, results and gradients in
         the reference in float64: at most twice the error of plain PyTorch in that dtype (three
         times for gradients), and four roundings of the largest number.
 speed   Each op, forward and backward, beside its peers, which must agree with it first.
+generation  Searches on the GPU: the same tokens as on the CPU; a step, and a call beside
+        transformers' (benchmarks/gpu_generation.py).
 
 Writes benchmarks/results/<gpu>-<date>.json and .md. Without a GPU, `--device cpu` runs parity in
 Triton's interpreter. Exit codes: 0, 1 if something is wrong, 2 wrong arguments, 130 interrupted.
@@ -16,6 +18,7 @@ Triton's interpreter. Exit codes: 0, 1 if something is wrong, 2 wrong arguments,
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import re
@@ -31,12 +34,13 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
+from benchmarks import gpu_generation
 from benchmarks.gpu_cases import GpuCase, on, parity_cases, speed_cases
 from benchmarks.results import NAME, RESULTS
 from benchmarks.tables import Grid, time_text
 from encdec_fast import use_backend
 
-PARTS = ("parity", "speed")
+PARTS = ("parity", "speed", "generation")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 BUDGET_S = 480.0  # of both parts: with starting and compiling below nine minutes
 ROUNDS = 5
@@ -60,9 +64,14 @@ class Line:
 
 
 def _results(run: Callable[..., Any], leaves: list[Tensor]) -> list[Tensor]:
-    """Results and the gradients of all leaves, for seeds that are the same everywhere."""
+    """Results and the gradients of all leaves, for seeds that are the same everywhere.
+
+    Where the leaves ask for none, the results alone.
+    """
     found = run(*leaves)
     results = list(found) if isinstance(found, (tuple, list)) else [found]
+    if not leaves[0].requires_grad:
+        return results
     seeds = [
         torch.cos(torch.arange(r.numel(), dtype=torch.float64)).view(r.shape).to(r.device, r.dtype)
         for r in results
@@ -74,11 +83,11 @@ def _parity(case: GpuCase, dtype: torch.dtype, device: torch.device) -> float:
     """The largest error of ours over what is allowed."""
     leaves = [leaf.to(dtype).double() for leaf in case.leaves()]
     with use_backend("reference"):
-        exact = _results(case.run, [leaf.clone().requires_grad_() for leaf in leaves])
-        plain = _results(case.run, on(device, dtype, leaves))
+        exact = _results(case.run, on(leaves[0].device, torch.float64, leaves, case.trains))
+        plain = _results(case.run, on(device, dtype, leaves, case.trains))
     with use_backend("triton"):
-        ours = _results(case.run, on(device, dtype, leaves))
-    worst, count = 0.0, len(exact) - len(leaves)
+        ours = _results(case.run, on(device, dtype, leaves, case.trains))
+    worst, count = 0.0, len(exact) - (len(leaves) if case.trains else 0)
     sizes = [true.detach().abs().max().item() for true in exact]
     if case.op == "attention":
         # Where one key has all the weight, the scores' gradients are differences of equal numbers,
@@ -141,7 +150,7 @@ def _timed(call: Callable[[], object], count: int, device: torch.device) -> floa
 
 def _speed(case: GpuCase, dtype: str, device: torch.device) -> Line:
     line = Line("speed", case.id, dtype)
-    leaves = on(device, DTYPES[dtype], case.leaves())
+    leaves = on(device, DTYPES[dtype], case.leaves(), case.trains)
     with use_backend("reference"):
         right = [r.detach() for r in _results(case.run, leaves)]
 
@@ -188,28 +197,76 @@ def run(
     """Lines one by one; cases that the budget has no time for are left out, and say so."""
     end = time.monotonic() + budget_s
     for part in parts:
+        if part == "generation":
+            if not names or part in names:
+                yield from _generation(device, end)
+            continue
         for case in parity_cases() if part == "parity" else speed_cases():
             if names and case.op not in names:
                 continue
             dtypes = case.dtypes if part == "parity" else case.dtypes[:2]
             for dtype in dtypes:
                 if time.monotonic() > end:
-                    yield Line(part, case.id, dtype, problem="no time was left for it")
+                    yield Line(part, case.id, dtype, problem=_NO_TIME)
                     continue
                 try:
                     if part == "parity":
                         yield Line(part, case.id, dtype, _parity(case, DTYPES[dtype], device))
                     else:
                         yield _speed(case, dtype, device)
-                except Exception as error:  # one broken kernel must not hide the others
-                    text = f"{type(error).__name__}: {error}".splitlines()[0]
-                    yield Line(part, case.id, dtype, problem=text[:200])
+                except Exception as error:
+                    yield Line(part, case.id, dtype, problem=_said(error))
+
+
+def _generation(device: torch.device, end: float) -> Iterator[Line]:
+    """Searches: first whether they are right, then, on a GPU, how fast."""
+    for case in gpu_generation.parity_cases():
+        name = f"generation, {case.name}"
+        if time.monotonic() > end:
+            yield Line("parity", name, "float32", problem=_NO_TIME)
+            continue
+        try:
+            yield Line("parity", name, "float32", case.check(device))
+        except Exception as error:
+            yield Line("parity", name, "float32", problem=_said(error))
+    if device.type != "cuda":
+        return
+    for speed, dtype in itertools.product(gpu_generation.speed_cases(), ("float32", "bfloat16")):
+        line = Line("speed", f"generation, {speed.name}", dtype)
+        if time.monotonic() > end:
+            line.problem = _NO_TIME
+            yield line
+            continue
+        try:
+            whole, step = speed.calls(device, DTYPES[dtype])
+            line.seconds = _times(whole, device)
+            own = min(step() for _ in range(ROUNDS))
+            line.seconds["a step"] = own
+            bars = gpu_generation.OVER_TRANSFORMERS, gpu_generation.STEPS_A_SECOND
+            found = line.seconds["transformers"] / line.seconds["encdec_fast"]
+            line.bars["over transformers"] = bars[0], found
+            if (speed.batch, speed.beams) == (1, 1):
+                line.bars["steps a second"] = bars[1], 1 / own
+        except Exception as error:
+            line.problem = _said(error)
+        yield line
+
+
+_NO_TIME = "no time was left for it"
+
+
+def _said(error: Exception) -> str:
+    """One broken kernel must not hide the others."""
+    return f"{type(error).__name__}: {error}".splitlines()[0][:200]
 
 
 def grids(lines: Sequence[Line]) -> list[Grid]:
     """A table for each part."""
     parity = Grid("Parity", ["case", "dtype", "error over allowed", ""])
-    speed = Grid("Speed, forward and backward", ["case", "dtype", "encdec_fast", "peers", "bars"])
+    speed = Grid(
+        "Speed, forward and where there is one backward",
+        ["case", "dtype", "encdec_fast", "peers", "bars"],
+    )
     for line in lines:
         if line.part == "parity":
             worst = "-" if line.worst is None else f"{line.worst:.2f}"
@@ -269,15 +326,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--save", metavar="NAME", help="in place of <gpu>-<date>")
     given = list(sys.argv[1:] if arguments is None else arguments)
     options = parser.parse_args(given)
-    known = {case.op for case in (*parity_cases(), *speed_cases())}
+    known = {case.op for case in (*parity_cases(), *speed_cases())} | {"generation"}
     if unknown := set(options.op or ()) - known:
         parser.error(f"no such op: {', '.join(unknown)}; there are {', '.join(sorted(known))}")
     if options.save and not NAME.fullmatch(options.save):
         parser.error(f"--save {options.save!r}: letters, digits, '.', '_' and '-' only")
     if options.device == "cuda" and not torch.cuda.is_available():
         parser.error("there is no GPU here; --device cpu runs parity in Triton's interpreter")
-    if options.device == "cpu" and "speed" in options.part and options.part != ["speed"]:
-        options.part = ["parity"]  # an interpreter's time says nothing
+    if options.device == "cpu" and options.part != ["speed"]:
+        # An interpreter's time says nothing.
+        options.part = [part for part in options.part if part != "speed"]
     # Both sides of every comparison in float32 proper: a peer's TF32 would be another computation.
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
     device = torch.device(options.device)

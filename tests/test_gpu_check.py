@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from benchmarks import gpu_cases, gpu_check
+from benchmarks import gpu_cases, gpu_check, gpu_generation
 from benchmarks.gpu_cases import GpuCase
 from encdec_fast.ops import _triton
 
@@ -119,6 +119,32 @@ def test_time_that_is_over_is_said(
     assert capfd.readouterr().err.count("no time was left for it") == 6
 
 
+def test_generation(
+    check: Callable[..., int],
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+    native: None,
+) -> None:
+    """A search on the kernels finds what the CPU's finds; where they are wrong, it is said."""
+    cases = list(gpu_generation.parity_cases())
+    assert len({case.name for case in cases}) == len(cases) == 11
+    monkeypatch.setattr(gpu_generation, "parity_cases", lambda: cases[2:4])
+    assert check("--part", "generation") == 0
+    assert capfd.readouterr().err.count(": right") == 2
+    kernels = _triton.kernels("log_softmax_topk")
+    forward = kernels.forward
+
+    def wrong(*arguments: Any) -> list[Tensor]:
+        values, *others = forward(*arguments)
+        return [values * 1.05, *others]
+
+    monkeypatch.setattr(kernels, "forward", wrong)
+    assert check("--part", "generation") == 1
+    assert capfd.readouterr().err.count("WRONG") == 2
+    assert check("--part", "generation", "--budget", "0") == 1
+    assert capfd.readouterr().err.count("no time was left for it") == 2
+
+
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
@@ -151,12 +177,15 @@ def test_every_op_is_there() -> None:
     """Each family of kernels has a case of parity."""
     ops = {case.op for case in gpu_cases.parity_cases()}
     assert ops == {
+        "add_norm",
         "additive_attention",
         "attention",
+        "cached_attention",
         "cross_entropy",
         "gated_bridge",
         "gru",
         "linear",
+        "log_softmax_topk",
         "lstm",
         "rnn",
     }
