@@ -69,12 +69,16 @@ lint: $(TORCH_STAMP) $(STAMPS)/req-lint ## Check style, types and layers
 	lint-imports
 
 .PHONY: triton-report
-triton-report: $(STAMPS)/built $(STAMPS)/req-test ## Compile the Triton kernels for GPUs that need not be here
-	$(PY) -m encdec_fast.triton_kernels.report
+triton-report: $(STAMPS)/built $(STAMPS)/req-test ## Compile the Triton kernels for GPUs that need not be here (REPORT_ARGS="--candidates")
+	$(PY) -m encdec_fast.triton_kernels.report $(REPORT_ARGS)
 
 .PHONY: gpu-check
 gpu-check: $(STAMPS)/built $(STAMPS)/req-bench ## On a machine with a GPU: are the Triton kernels right, and how fast (BENCH_ARGS="...")
 	$(PY) -m benchmarks.gpu_check $(BENCH_ARGS)
+
+.PHONY: gpu-tune
+gpu-tune: $(STAMPS)/built $(STAMPS)/req-bench ## On a machine with a GPU: find the fastest tiles for it (BENCH_ARGS="...")
+	$(PY) -m benchmarks.gpu_tune $(BENCH_ARGS)
 
 .PHONY: bench-rnn
 bench-rnn: $(STAMPS)/built $(STAMPS)/req-bench ## Measure LSTM, GRU and RNN beside their peers (BENCH_ARGS="...")

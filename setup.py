@@ -68,6 +68,7 @@ setup(
         "encdec_fast.triton_kernels",
     ],
     package_dir={"encdec_fast.triton_kernels": "triton_kernels"},
+    package_data={"encdec_fast.triton_kernels": ["tuned/*.json"]},
     ext_modules=[Extension("encdec_fast._C", sources=[])],
     cmdclass={"build_ext": CMakeBuild},
 )

@@ -63,30 +63,30 @@ class Line:
         return not self.problem and (self.worst is None or self.worst <= 1)
 
 
-def _results(run: Callable[..., Any], leaves: list[Tensor]) -> list[Tensor]:
+def results(run: Callable[..., Any], leaves: list[Tensor]) -> list[Tensor]:
     """Results and the gradients of all leaves, for seeds that are the same everywhere.
 
     Where the leaves ask for none, the results alone.
     """
     found = run(*leaves)
-    results = list(found) if isinstance(found, (tuple, list)) else [found]
+    outputs = list(found) if isinstance(found, (tuple, list)) else [found]
     if not leaves[0].requires_grad:
-        return results
+        return outputs
     seeds = [
         torch.cos(torch.arange(r.numel(), dtype=torch.float64)).view(r.shape).to(r.device, r.dtype)
-        for r in results
+        for r in outputs
     ]
-    return results + list(torch.autograd.grad(results, leaves, seeds, allow_unused=True))
+    return outputs + list(torch.autograd.grad(outputs, leaves, seeds, allow_unused=True))
 
 
 def _parity(case: GpuCase, dtype: torch.dtype, device: torch.device) -> float:
     """The largest error of ours over what is allowed."""
     leaves = [leaf.to(dtype).double() for leaf in case.leaves()]
     with use_backend("reference"):
-        exact = _results(case.run, on(leaves[0].device, torch.float64, leaves, case.trains))
-        plain = _results(case.run, on(device, dtype, leaves, case.trains))
+        exact = results(case.run, on(leaves[0].device, torch.float64, leaves, case.trains))
+        plain = results(case.run, on(device, dtype, leaves, case.trains))
     with use_backend("triton"):
-        ours = _results(case.run, on(device, dtype, leaves, case.trains))
+        ours = results(case.run, on(device, dtype, leaves, case.trains))
     worst, count = 0.0, len(exact) - (len(leaves) if case.trains else 0)
     sizes = [true.detach().abs().max().item() for true in exact]
     if case.op == "attention":
@@ -117,7 +117,7 @@ def _agree(case: GpuCase, found: Sequence[Tensor], right: Sequence[Tensor], dtyp
     return ""
 
 
-def _times(calls: dict[str, Callable[[], object]], device: torch.device) -> dict[str, float]:
+def times(calls: dict[str, Callable[[], object]], device: torch.device) -> dict[str, float]:
     """Medians in seconds, in rotating rounds of some milliseconds each."""
     samples: dict[str, list[float]] = {name: [] for name in calls}
     counts = {}
@@ -152,7 +152,7 @@ def _speed(case: GpuCase, dtype: str, device: torch.device) -> Line:
     line = Line("speed", case.id, dtype)
     leaves = on(device, DTYPES[dtype], case.leaves(), case.trains)
     with use_backend("reference"):
-        right = [r.detach() for r in _results(case.run, leaves)]
+        right = [r.detach() for r in results(case.run, leaves)]
 
     def ours(*given: Tensor) -> Any:
         with use_backend("triton"):
@@ -161,7 +161,7 @@ def _speed(case: GpuCase, dtype: str, device: torch.device) -> Line:
     calls: dict[str, Callable[[], object]] = {}
     for name, run in {"encdec_fast": ours, **case.peers}.items():
         try:
-            wrong = _agree(case, _results(run, leaves), right, dtype)
+            wrong = _agree(case, results(run, leaves), right, dtype)
         except RuntimeError as error:  # a peer that has no such kernel says so
             if name == "encdec_fast":
                 raise
@@ -170,9 +170,9 @@ def _speed(case: GpuCase, dtype: str, device: torch.device) -> Line:
             line.problem = wrong
             return line
         if not wrong:
-            calls[name] = lambda run=run: _results(run, leaves)  # type: ignore[misc]
+            calls[name] = lambda run=run: results(run, leaves)  # type: ignore[misc]
     del right
-    line.seconds = _times(calls, device)
+    line.seconds = times(calls, device)
     own = line.seconds["encdec_fast"]
     for peer, wanted in case.bars:
         if peer == "copy":
@@ -187,7 +187,7 @@ def _copy_rate(device: torch.device) -> float:
     """Bytes a second that a copy reads and writes."""
     block = torch.empty(1 << (28 if device.type == "cuda" else 24), device=device)
     to = torch.empty_like(block)
-    seconds = _times({"copy": lambda: to.copy_(block)}, device)["copy"]
+    seconds = times({"copy": lambda: to.copy_(block)}, device)["copy"]
     return 2 * block.numel() * block.element_size() / seconds
 
 
@@ -239,7 +239,7 @@ def _generation(device: torch.device, end: float) -> Iterator[Line]:
             continue
         try:
             whole, step = speed.calls(device, DTYPES[dtype])
-            line.seconds = _times(whole, device)
+            line.seconds = times(whole, device)
             own = min(step() for _ in range(ROUNDS))
             line.seconds["a step"] = own
             bars = gpu_generation.OVER_TRANSFORMERS, gpu_generation.STEPS_A_SECOND

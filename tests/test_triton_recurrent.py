@@ -234,4 +234,9 @@ def test_every_tile_is_there() -> None:
     skip_without_triton()
     tiles = _triton.kernels("recurrent").TILES
     names, precisions = ("forward", "backward"), ("half", "float")
-    assert set(tiles) == {(n, p, rows) for n in names for p in precisions for rows in (16, 32, 64)}
+    assert set(tiles) == {
+        f"recurrent {name}, {precision}, {rows} sequences"
+        for name in names
+        for precision in precisions
+        for rows in (16, 32, 64)
+    }

@@ -25,13 +25,20 @@ import triton
 import triton.language as tl
 from encdec_fast.triton_kernels._configuration import Configuration
 from encdec_fast.triton_kernels._tiles import dot, length_of, rows_of, tanh
+from encdec_fast.triton_kernels._tuning import Tile, tile
 from torch import Tensor
 
 # Of the kernels that compute tanh: queries, keys and features at a time.
-TANH_TILE: dict[str, Any] = {"QUERIES": 4, "KEYS": 16, "FEATURES": 32, "num_warps": 4}
+_TANH: Tile = {"QUERIES": 4, "KEYS": 16, "FEATURES": 32, "num_warps": 4}
 # Of those that multiply matrices; INNER: of the dimension that is summed over, where there are two.
-SQUARE: dict[str, Any] = {"ROWS": 16, "COLUMNS": 64, "num_warps": 8}
+_SQUARE: Tile = {"ROWS": 16, "COLUMNS": 64, "num_warps": 8}
 INNER = 16
+TILES = {"additive_attention tanh": _TANH, "additive_attention products": _SQUARE}
+
+
+def _tiles(device: torch.device | None = None) -> list[Tile]:
+    """Of the kernels that compute tanh, and of those that multiply matrices."""
+    return [tile(name, default, device) for name, default in TILES.items()]
 
 
 @triton.jit
@@ -296,13 +303,13 @@ def forward(
     if B * T * S == 0:
         return context, weights
     scores = query.new_empty(B, T, S, dtype=torch.float32)
-    tile = TANH_TILE
-    grid = (triton.cdiv(S, tile["KEYS"]), triton.cdiv(T, tile["QUERIES"]), B)
+    tanh_tile, square = _tiles(query.device)
+    grid = (triton.cdiv(S, tanh_tile["KEYS"]), triton.cdiv(T, tanh_tile["QUERIES"]), B)
     scores_kernel[grid](
-        query, keys, score_weight, coverage, coverage_weight, lengths, scores, T, S, A, **tile
+        query, keys, score_weight, coverage, coverage_weight, lengths, scores, T, S, A, **tanh_tile
     )
-    grid = (max(1, triton.cdiv(D, SQUARE["COLUMNS"])), triton.cdiv(T, SQUARE["ROWS"]), B)
-    context_kernel[grid](scores, values, lengths, weights, context, T, S, D, INNER=INNER, **SQUARE)
+    grid = (max(1, triton.cdiv(D, square["COLUMNS"])), triton.cdiv(T, square["ROWS"]), B)
+    context_kernel[grid](scores, values, lengths, weights, context, T, S, D, INNER=INNER, **square)
     return context, weights
 
 
@@ -322,13 +329,13 @@ def backward(
     B, T, A, S, D = _sizes(query, keys, values)
     found = [torch.zeros_like(tensor) for tensor in (query, keys, values)]
     grad_query, grad_keys, grad_values = found
-    tile = TANH_TILE
-    blocks = triton.cdiv(T, tile["QUERIES"])
+    tanh_tile, square = _tiles(query.device)
+    blocks = triton.cdiv(T, tanh_tile["QUERIES"])
     grad_v = query.new_zeros(B, blocks, A, dtype=torch.float32)
     if B * T * S * A == 0:
         return grad_query, grad_keys, grad_values, grad_v.sum((0, 1))
     grads = torch.empty_like(weights)
-    score_gradients_kernel[(triton.cdiv(T, SQUARE["ROWS"]), B)](
+    score_gradients_kernel[(triton.cdiv(T, square["ROWS"]), B)](
         grad_context,
         grad_weights,
         values,
@@ -339,16 +346,16 @@ def backward(
         S,
         D,
         INNER=INNER,
-        **SQUARE,
+        **square,
     )
     shared = (query, keys, score_weight, coverage, coverage_weight, lengths, grads)
-    features = triton.cdiv(A, tile["FEATURES"])
-    query_gradients_kernel[(features, blocks, B)](*shared, grad_query, grad_v, T, S, A, **tile)
-    grid = (features, triton.cdiv(S, tile["KEYS"]), B)
-    key_gradients_kernel[grid](*shared, grad_keys, T, S, A, **tile)
+    features = triton.cdiv(A, tanh_tile["FEATURES"])
+    query_gradients_kernel[(features, blocks, B)](*shared, grad_query, grad_v, T, S, A, **tanh_tile)
+    grid = (features, triton.cdiv(S, tanh_tile["KEYS"]), B)
+    key_gradients_kernel[grid](*shared, grad_keys, T, S, A, **tanh_tile)
     if grad_context is not None and D > 0:
-        grid = (triton.cdiv(D, SQUARE["COLUMNS"]), triton.cdiv(S, SQUARE["COLUMNS"]), B)
-        value_gradients_kernel[grid](grad_context, weights, lengths, grad_values, T, S, D, **SQUARE)
+        grid = (triton.cdiv(D, square["COLUMNS"]), triton.cdiv(S, square["COLUMNS"]), B)
+        value_gradients_kernel[grid](grad_context, weights, lengths, grad_values, T, S, D, **square)
     return grad_query, grad_keys, grad_values, grad_v.sum((0, 1))
 
 
@@ -363,21 +370,23 @@ def configurations(dtype: str) -> Iterator[Configuration]:
         **dict.fromkeys(("T", "S", "A", "D"), "i32"),
     }
 
-    def with_tile(kernel: Any, tile: dict[str, Any], **more: Any) -> Configuration:
-        constants = {name: value for name, value in tile.items() if name != "num_warps"}
-        return Configuration(kernel, dtype, types, constants | more, tile["num_warps"], **cores)
+    def with_tile(kernel: Any, own: Tile, **more: Any) -> Configuration:
+        constants = {name: value for name, value in own.items() if name != "num_warps"}
+        return Configuration(kernel, dtype, types, constants | more, own["num_warps"], **cores)
+
+    tanh_tile, square = _tiles()
 
     cores: dict[str, bool] = {}
     options = ("coverage", "u", "lengths")
     for kernel in (scores_kernel, query_gradients_kernel, key_gradients_kernel):
-        whole = with_tile(kernel, TANH_TILE)
+        whole = with_tile(kernel, tanh_tile)
         yield from (whole, whole.plain(*options))
     cores["tensor_cores"] = dtype != "fp32"
-    whole = with_tile(context_kernel, SQUARE, INNER=INNER)
+    whole = with_tile(context_kernel, square, INNER=INNER)
     yield from (whole, whole.plain("lengths", "weights"))
-    whole = with_tile(value_gradients_kernel, SQUARE)
+    whole = with_tile(value_gradients_kernel, square)
     yield from (whole, whole.plain("lengths"))
-    whole = with_tile(score_gradients_kernel, SQUARE, INNER=INNER)
+    whole = with_tile(score_gradients_kernel, square, INNER=INNER)
     yield from (whole, whole.plain("lengths", "grad_weights"))
     cores["tensor_cores"] = False  # of the weights' own gradients
-    yield with_tile(score_gradients_kernel, SQUARE, INNER=INNER).plain("grad_context", "values")
+    yield with_tile(score_gradients_kernel, square, INNER=INNER).plain("grad_context", "values")

@@ -25,7 +25,7 @@ import triton
 import triton.language as tl
 from encdec_fast.triton_kernels._configuration import Configuration
 from encdec_fast.triton_kernels._tiles import dot, length_of
-from encdec_fast.triton_kernels.attention_tiles import tile_of
+from encdec_fast.triton_kernels.attention_tiles import tile_of, tiles
 from torch import Tensor
 
 WIDTHS = (64, 128, 256)
@@ -361,7 +361,8 @@ def forward(call: Call, want_weights: bool, average: bool, want_sums: bool) -> l
     if B * H * T == 0:
         return [output.transpose(1, 2), weights, log_sums]
     rows, width = H // G * T, widths(D, V)
-    tile = tile_of("forward", query.dtype, call.masked, max(width["HEAD"], width["VALUE"]))
+    most = max(width["HEAD"], width["VALUE"])
+    tile = tile_of("forward", query.dtype, call.masked, most, query.device)
     tile["ROWS"] = min(tile["ROWS"], max(16, triton.next_power_of_2(rows)))
     count = parts_of(call, tile)
     parts = part_sums = None
@@ -402,6 +403,9 @@ def forward(call: Call, want_weights: bool, average: bool, want_sums: bool) -> l
             **tile,
         )
     return [output.transpose(1, 2), weights, log_sums]
+
+
+TILES = tiles(["forward"])  # that may be tuned
 
 
 # Strides of rows whose sizes are multiples of 16.

@@ -33,7 +33,7 @@ from encdec_fast.triton_kernels.attention import (
     tile_at,
     widths,
 )
-from encdec_fast.triton_kernels.attention_tiles import tile_of
+from encdec_fast.triton_kernels.attention_tiles import tile_of, tiles
 from torch import Tensor
 
 
@@ -344,8 +344,8 @@ def backward(
     width = widths(D, V)
     masked, most = call.masked or grad_weights is not None, max(width["HEAD"], width["VALUE"])
     options = {"CAUSAL": call.causal, "AVERAGE": average, **width}
-    of_queries = tile_of("queries", like.dtype, masked, most) | options
-    of_keys = tile_of("keys", like.dtype, masked, most) | options
+    of_queries = tile_of("queries", like.dtype, masked, most, like.device) | options
+    of_keys = tile_of("keys", like.dtype, masked, most, like.device) | options
     blocks = triton.cdiv(T, of_queries["ROWS"])
     sizes, numbers = (H, G, T, S), (call.scale, *call.kept)
     masks = (call.bias, call.mask, call.lengths, call.seed)
@@ -366,7 +366,7 @@ def backward(
     )
     if grad_bias is not None:
         batches, heads, rows, keys = grad_bias.shape
-        of_bias = tile_of("bias", like.dtype, True, most) | options
+        of_bias = tile_of("bias", like.dtype, True, most, like.device) | options
         grid = (
             (1 if rows == 1 else triton.cdiv(T, of_bias["ROWS"])) * batches * heads,
             1 if keys == 1 else triton.cdiv(S, of_bias["KEYS"]),
@@ -378,6 +378,9 @@ def backward(
             **of_bias,
         )
     return [*found, grad_bias]
+
+
+TILES = tiles(["queries", "keys", "bias"])  # that may be tuned
 
 
 def configurations(dtype: str) -> Iterator[Configuration]:

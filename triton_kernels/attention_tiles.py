@@ -1,4 +1,4 @@
-"""What a program of attention's kernels holds at a time, where nobody has tuned.
+"""What a program of attention's kernels holds at a time, where nobody has tuned (_tuning.py).
 
 For each kernel, each precision and each width (the power of 2 that holds a query's or a value's
 numbers) what `OPTIONS` names. "masked" stands for calls with a bias, a mask, dropout or gradients
@@ -9,16 +9,17 @@ order by size, that neither spills nor exceeds the shared memory of any compute 
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Sequence
 
 import torch
+from encdec_fast.triton_kernels._tuning import Tile, tile
 
 # maxnreg: registers that a thread may have; None leaves it to ptxas, which saves some for programs
 # side by side and may spill, or not.
 OPTIONS = ("ROWS", "KEYS", "num_warps", "num_stages", "maxnreg")
-Tile = tuple[int, int, int, int, int | None]
+_Options = tuple[int, int, int, int, int | None]
 
-TILES: dict[str, dict[tuple[str, str], dict[int, Tile]]] = {
+TILES: dict[str, dict[tuple[str, str], dict[int, _Options]]] = {
     "forward": {
         ("half", "plain"): {
             64: (64, 64, 8, 3, 255),
@@ -103,8 +104,33 @@ TILES: dict[str, dict[tuple[str, str], dict[int, Tile]]] = {
 }
 
 
-def tile_of(kernel: str, dtype: torch.dtype, masked: bool, width: int) -> dict[str, Any]:
-    """ROWS, KEYS and the compiler's options; width: the larger of HEAD and VALUE."""
+def tile_of(
+    kernel: str, dtype: torch.dtype, masked: bool, width: int, device: torch.device | None = None
+) -> Tile:
+    """ROWS, KEYS and the compiler's options; width: the larger of HEAD and VALUE.
+
+    device: on which it is launched, or None.
+    """
     precision = "float" if dtype == torch.float32 else "half"
-    tile = TILES[kernel][precision, "masked" if masked else "plain"][max(64, width)]
-    return dict(zip(OPTIONS, tile, strict=True))
+    kind = (precision, "masked" if masked else "plain")
+    return tile(
+        _name(kernel, kind, max(64, width)), _defaults(kernel, kind, max(64, width)), device
+    )
+
+
+def _name(kernel: str, kind: tuple[str, str], width: int) -> str:
+    return f"attention {kernel}, {' '.join(kind)}, {width}"
+
+
+def _defaults(kernel: str, kind: tuple[str, str], width: int) -> Tile:
+    return dict(zip(OPTIONS, TILES[kernel][kind][width], strict=True))
+
+
+def tiles(kernels: Sequence[str]) -> dict[str, Tile]:
+    """The default tiles of these kernels by their names."""
+    return {
+        _name(kernel, kind, width): _defaults(kernel, kind, width)
+        for kernel in kernels
+        for kind, by_width in TILES[kernel].items()
+        for width in by_width
+    }

@@ -10,17 +10,17 @@ numbers; its products are torch's.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from encdec_fast.triton_kernels._configuration import Configuration
 from encdec_fast.triton_kernels._tiles import dot, rows_of, sigmoid, tanh
+from encdec_fast.triton_kernels._tuning import Tile, tile
 from torch import Tensor
 
 # Rows of the state, and its features.
-TILE: dict[str, Any] = {"ROWS": 32, "COLUMNS": 32, "num_warps": 4}
+TILES: dict[str, Tile] = {"gated_bridge": {"ROWS": 32, "COLUMNS": 32, "num_warps": 4}}
 NUMBERS = 1024  # of a program of backward
 
 
@@ -108,11 +108,12 @@ def forward(
     M = state.numel() // H
     found = [torch.empty_like(state) for _ in range(3 if training else 1)]
     if M > 0:
-        grid = (triton.cdiv(H, TILE["COLUMNS"]), triton.cdiv(M, TILE["ROWS"]))
+        own = tile("gated_bridge", TILES["gated_bridge"], state.device)
+        grid = (triton.cdiv(H, own["COLUMNS"]), triton.cdiv(M, own["ROWS"]))
         gate, candidate = found[1:] if training else (None, None)
         tensors = (state, context, gate_weight, context_weight, bias, found[0], gate, candidate)
         inner = _inner(state.dtype != torch.float32)
-        forward_kernel[grid](*tensors, M, H, C, INNER=inner, **TILE)
+        forward_kernel[grid](*tensors, M, H, C, INNER=inner, **own)
     return found
 
 
@@ -132,7 +133,8 @@ def configurations(dtype: str) -> Iterator[Configuration]:
     types = {name: f"*{dtype}" for name in names if name.islower()}
     types |= {"M": "i32", "H": "i32", "C": "i32", "count": "i64"}
     cores = dtype != "fp32"
-    tile = {"ROWS": TILE["ROWS"], "COLUMNS": TILE["COLUMNS"], "INNER": _inner(cores)}
-    whole = Configuration(forward_kernel, dtype, types, tile, TILE["num_warps"], cores)
+    own = {**tile("gated_bridge", TILES["gated_bridge"]), "INNER": _inner(cores)}
+    warps = own.pop("num_warps")
+    whole = Configuration(forward_kernel, dtype, types, own, warps, cores)
     yield from (whole, whole.plain("bias", "gate", "candidate"))
     yield Configuration(gradients_kernel, dtype, types, {"NUMBERS": NUMBERS})

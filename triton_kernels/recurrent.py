@@ -24,6 +24,7 @@ import torch
 import triton
 from encdec_fast.triton_kernels._configuration import Configuration
 from encdec_fast.triton_kernels._replay import Replays, Tensors
+from encdec_fast.triton_kernels._tuning import Tile, tile
 from encdec_fast.triton_kernels.recurrent_kernels import (
     CELLS,
     GATES,
@@ -60,8 +61,7 @@ def _rows_of_program(B: int) -> int:
 # spill nor exceed the shared memory of any compute capability in report.py, with Triton 3.6 and
 # 3.9. None has been timed on a GPU.
 OPTIONS = ("UNITS", "INNER", "num_warps", "num_stages", "maxnreg")
-Tile = tuple[int, int, int, int, int | None]
-TILES: dict[tuple[str, str, int], Tile] = {
+_TILES: dict[tuple[str, str, int], tuple[int, int, int, int, int | None]] = {
     ("forward", "half", 16): (16, 64, 8, 3, 255),
     ("forward", "half", 32): (16, 64, 8, 3, 255),
     ("forward", "half", 64): (16, 32, 8, 1, 255),
@@ -77,11 +77,20 @@ TILES: dict[tuple[str, str, int], Tile] = {
 }
 
 
-def _tile(kernel: Any, dtype: torch.dtype, rows: int) -> dict[str, Any]:
-    """ROWS and OPTIONS."""
-    name = "forward" if kernel is forward_kernel else "backward"
-    tile = TILES[name, "float" if dtype == torch.float32 else "half", rows]
-    return {"ROWS": rows, **dict(zip(OPTIONS, tile, strict=True))}
+def _name(kernel: str, precision: str, rows: int) -> str:
+    return f"recurrent {kernel}, {precision}, {rows} sequences"
+
+
+TILES: dict[str, Tile] = {
+    _name(*key): dict(zip(OPTIONS, values, strict=True)) for key, values in _TILES.items()
+}
+
+
+def _tile(kernel: Any, dtype: torch.dtype, rows: int, device: torch.device | None = None) -> Tile:
+    """ROWS and OPTIONS; device: on which it is launched, or None."""
+    direction = "forward" if kernel is forward_kernel else "backward"
+    name = _name(direction, "float" if dtype == torch.float32 else "half", rows)
+    return {"ROWS": rows, **tile(name, TILES[name], device)}
 
 
 # What a step costs, in microseconds: predictions, from figures for an H100 and nothing measured
@@ -137,12 +146,12 @@ def _launch(
     """The kernel for these steps, in their order: in one launch, or one for each."""
     name = "forward" if kernel is forward_kernel else "backward"
     D, H, number = weight.shape[0], weight.shape[2], CELLS[cell]
-    tile = _tile(kernel, weight.dtype, _rows_of_program(walk.B))
-    constants = {"CELL": number, "GATES": GATES[number], **tile}
+    own_tile = _tile(kernel, weight.dtype, _rows_of_program(walk.B), weight.device)
+    constants = {"CELL": number, "GATES": GATES[number], **own_tile}
     if kernel is backward_kernel:
         constants["SEGMENTS"] = SEGMENTS[number]
     sizes = (walk.T, walk.B, H, walk.rows, walk.step, walk.sequence)
-    batch = triton.cdiv(walk.B, tile["ROWS"])
+    batch = triton.cdiv(walk.B, own_tile["ROWS"])
     tensors += (walk.lengths, walk.starts, walk.places)
     if in_one:
         kernel[1, batch, D](*tensors, steps[0], len(steps), *sizes, **constants)
@@ -150,12 +159,12 @@ def _launch(
 
     def launch(own: Tensors) -> None:
         for i in steps:
-            grid = (triton.cdiv(H, tile["UNITS"]), batch, D)
+            grid = (triton.cdiv(H, own_tile["UNITS"]), batch, D)
             kernel[grid](*own, i, 1, *sizes, **constants)
 
     if _can_capture(weight):
         numbers = ([kernel.arg_names.index(n) for n in names] for names in _CONTENTS[name])
-        _REPLAYS.run((name, cell, steps, sizes), tensors, *numbers, launch)
+        _REPLAYS.run((name, cell, steps, sizes, *own_tile.values()), tensors, *numbers, launch)
     else:
         launch(tensors)
 
@@ -222,9 +231,9 @@ def configurations(dtype: str) -> Iterator[Configuration]:
     for (name, cell), rows, kernel in product(
         CELLS.items(), (16, 32, 64), (forward_kernel, backward_kernel)
     ):
-        tile = _tile(kernel, precision, rows)
-        warps, stages, registers = (tile.pop(option) for option in OPTIONS[2:])
-        constants = {"CELL": cell, "GATES": GATES[cell], **tile}
+        own = _tile(kernel, precision, rows)
+        warps, stages, registers = (own.pop(option) for option in OPTIONS[2:])
+        constants = {"CELL": cell, "GATES": GATES[cell], **own}
         absent = {"c", "cells", "grad_cells", "c0"} if name != "lstm" else set()
         absent |= {"bias"} if name != "gru" else set()
         absent |= {"gates", "carry"} if name.startswith("rnn") else set()

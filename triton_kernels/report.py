@@ -3,10 +3,13 @@
     python -m encdec_fast.triton_kernels.report
     python -m encdec_fast.triton_kernels.report --default --capability 9.0 --json
 
-For each configuration that a launcher may choose: registers of a thread, bytes that do not fit in
-them (spills), shared memory of a program, and which instructions multiply matrices. Exit code 1 if
-a kernel spills, takes more shared memory than a program may have on that GPU, or multiplies without
-tensor cores what is meant for them.
+    python -m encdec_fast.triton_kernels.report --candidates --capability 9.0
+
+For each configuration that a launcher may choose without tuning: registers of a thread, bytes that
+do not fit in them (spills), shared memory of a program, and which instructions multiply matrices.
+--candidates adds all that a tuner may choose: what does not fit is left out there, and said to be.
+Exit code 1 if another kernel spills, takes more shared memory than a program may have on that GPU,
+or multiplies without tensor cores what is meant for them.
 """
 
 from __future__ import annotations
@@ -21,7 +24,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import triton
@@ -38,6 +41,7 @@ from encdec_fast.triton_kernels import (
     recurrent,
 )
 from encdec_fast.triton_kernels._configuration import TYPES, Configuration
+from encdec_fast.triton_kernels._tuning import candidates, trying
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
@@ -71,6 +75,7 @@ class Usage:
     shared: int
     products: str
     tensor_cores: bool  # whether its products are for them
+    candidate: str = ""  # for a tuner: the name of its tile
 
     @property
     def problem(self) -> str:
@@ -131,30 +136,58 @@ def usage(family: str, configuration: Configuration, capability: str) -> Usage:
     )
 
 
-def _usage_at(place: tuple[int, str, int, str]) -> Usage:
+Place = tuple[int, str, int, str, str, int]
+
+
+def usage_at(place: Place) -> Usage:
     """What a process of the pool is asked for: kernels themselves cannot be sent to it."""
-    family, dtype, index, capability = place
-    configuration = list(FAMILIES[family].configurations(dtype))[index]
-    return usage(FAMILIES[family].__name__.rpartition(".")[2], configuration, capability)
+    family, dtype, index, capability, name, number = place
+    module = FAMILIES[family]
+    short = module.__name__.rpartition(".")[2]
+    if not name:
+        return usage(short, list(module.configurations(dtype))[index], capability)
+    with trying(name, candidates(module.TILES[name])[number]):
+        configuration = list(module.configurations(dtype))[index]
+    return replace(usage(short, configuration, capability), candidate=name)
+
+
+def candidate_places(family: int, capability: str) -> Iterator[Place]:
+    """Every configuration that a candidate for a tile makes another one."""
+    module = FAMILIES[family]
+    for name, default in getattr(module, "TILES", {}).items():
+        for dtype in TYPES:
+            plain = list(module.configurations(dtype))
+            for number, other in enumerate(candidates(default)):
+                with trying(name, other):
+                    changed = list(module.configurations(dtype))
+                for i, (own, was) in enumerate(zip(changed, plain, strict=True)):
+                    if own != was:
+                        yield family, dtype, i, capability, name, number
 
 
 def _leave_interrupts_to_the_parent() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
-def usages(capabilities: Sequence[str], default: bool) -> Iterator[Usage]:
+def usages(
+    capabilities: Sequence[str], default: bool, with_candidates: bool = False
+) -> Iterator[Usage]:
     """Every configuration of every kernel, or the default ones, compiled by all processors."""
-    places = [
-        (family, dtype, index, capability)
+    places: list[Place] = [
+        (family, dtype, index, capability, "", 0)
         for family in range(len(FAMILIES))
         for dtype in TYPES
         for index, configuration in enumerate(FAMILIES[family].configurations(dtype))
         if configuration.default or not default
         for capability in capabilities
     ]
+    if with_candidates:
+        for capability in capabilities:
+            for family in range(len(FAMILIES)):
+                places += candidate_places(family, capability)
     workers = len(os.sched_getaffinity(0))
     with multiprocessing.Pool(workers, _leave_interrupts_to_the_parent) as pool:
-        yield from pool.imap(_usage_at, places)
+        yield from pool.imap(usage_at, places)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -166,22 +199,30 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--capability", nargs="+", choices=SHARED, default=list(SHARED))
     parser.add_argument("--default", action="store_true", help="only what most calls take")
+    parser.add_argument(
+        "--candidates", action="store_true", help="also what a tuner may choose (takes long)"
+    )
     parser.add_argument("--json", action="store_true", help="one JSON list instead of a table")
     options = parser.parse_args(arguments)
     found = []
     if not options.json:
         print(f"{'kernel':58}{'for':>6}{'registers':>11}{'spills':>8}{'shared':>9}  products")
-    for one in usages(options.capability, options.default):
+    for one in usages(options.capability, options.default, options.candidates):
         found.append(one)
         if not options.json:
             print(
                 f"{one.kernel:58}{one.capability:>6}{one.registers:>11}{one.spills:>8}"
-                f"{one.shared:>9}  {one.products}  {one.problem}".rstrip(),
+                f"{one.shared:>9}  {one.products}  {_said(one)}".rstrip(),
                 flush=True,
             )
     if options.json:
         print(json.dumps([asdict(one) | {"problem": one.problem} for one in found]))
-    return int(any(one.problem for one in found))
+    return int(any(one.problem for one in found if not one.candidate))
+
+
+def _said(one: Usage) -> str:
+    """What the table says of a configuration's problem."""
+    return f"left out: {one.problem}" if one.candidate and one.problem else one.problem
 
 
 if __name__ == "__main__":
