@@ -39,16 +39,29 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
-from encdec_fast.backends import Backend, Description, explained_by
+from encdec_fast.backends import (
+    Backend,
+    Description,
+    explained_by,
+    requested_backend,
+    use_backend,
+)
 from encdec_fast.ops import _attention_checks as checks
+from encdec_fast.ops import _triton
 from encdec_fast.ops._call import GRAPHS, State, autocasting, context_of, needs_gradient
 from encdec_fast.ops._cpu import unfit
+from encdec_fast.ops._derivatives import recompute
 from encdec_fast.ops._packing import with_rows
 from encdec_fast.ops._tensor_op import TensorOp, reference_backend
+from encdec_fast.ops.additive_attention import additive_attention
 from encdec_fast.ops.additive_attention import reference as additive_reference
+from encdec_fast.ops.attention import attention
 from encdec_fast.ops.attention import reference as dot_reference
+from encdec_fast.ops.gru import gru_cell
 from encdec_fast.ops.gru import step as gru_step
+from encdec_fast.ops.lstm import lstm_cell
 from encdec_fast.ops.lstm import step as lstm_step
 
 _library = torch.library.Library("encdec_fast", "FRAGMENT")
@@ -230,7 +243,89 @@ def _why_not(call: DecoderCall) -> list[str]:
     return reasons
 
 
-BACKENDS = (Backend("cpu", _cpu, _why_not, backward=_cpu_backward), reference_backend(OP))
+def _steps(call: DecoderCall, *tensors: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """As `reference`, of the ops of a step: each on whatever runs it."""
+    input, h, c, fed, keys, values, w_ih, w_hh, b_ih, b_hh, query_weight, score, lengths = tensors
+    lengths = None if lengths is None else lengths.to(input.device)
+    biases = () if b_ih is None else (b_ih, b_hh)
+    outputs, weights = [], []
+    for t in range(input.shape[1]):
+        x = torch.cat([input[:, t], fed], dim=1)
+        if call.cell == "lstm":
+            h, c = lstm_cell(x, (h, c), w_ih, w_hh, *biases)
+        else:
+            h = gru_cell(x, h, w_ih, w_hh, *biases)
+        query = (h if query_weight is None else F.linear(h, query_weight)).unsqueeze(1)
+        if score is None:
+            heads = [tensor.unsqueeze(1) for tensor in (query, keys, values)]
+            found, weight = attention(
+                *heads, memory_lengths=lengths, scale=call.scale, need_weights=True
+            )
+            found, weight = found[:, 0], weight[:, 0]
+        else:
+            found, weight = additive_attention(query, keys, values, score, lengths, True)
+        fed = found[:, 0]
+        outputs.append(torch.cat([h, fed], dim=1))
+        weights.append(weight[:, 0].to(h.dtype))
+    c_n = h.new_empty(h.shape[0], 0) if c is None else c
+    shown = torch.stack(weights, dim=1) if call.need_weights else h.new_empty(0)
+    return torch.stack(outputs, dim=1), c_n, shown
+
+
+_REPLAYS: list[Any] = []  # the graphs of whole calls; made when Triton is there
+
+
+def _captures(call: DecoderCall, tensor: Tensor) -> bool:
+    """Whether a call may become a graph: not inside of somebody else's."""
+    return not call.training and tensor.is_cuda and not torch.cuda.is_current_stream_capturing()
+
+
+def _triton_run(call: DecoderCall, *tensors: Any) -> tuple[Tensor, ...]:
+    first = tensors[0]
+    results = [t.contiguous() for t in _fake(call, *tensors)]
+    if not _captures(call, first):
+        return *_steps(call, *tensors), *results[3:]
+    if not _REPLAYS:
+        _REPLAYS.append(_triton.kernels("_replay").Replays())
+    given = [None if t is None else t.to(first.device) for t in tensors]
+
+    def launch(own: Sequence[Any]) -> None:
+        for to, found in zip(own[len(given) :], _steps(call, *own[: len(given)]), strict=True):
+            to.copy_(found)
+
+    places = range(len(given) + len(results))
+    kind = (call, requested_backend())
+    read, written = places[: len(given)], places[len(given) :]
+    with torch.cuda.device_of(first):
+        _REPLAYS[0].run(kind, [*given, *results], read, written, launch)
+    return tuple(results)
+
+
+def _triton_backward(
+    call: DecoderCall, grads: Sequence[State], tensors: Sequence[Any], kept: Sequence[Tensor]
+) -> list[State]:
+    """By autograd, through the steps once more: nothing of theirs was kept."""
+    lengths = tensors[12]
+
+    def results(*own: Any) -> tuple[Tensor, ...]:
+        return _steps(call, *own, lengths)
+
+    with use_backend(None):  # a cell that trains is torch's, whatever is asked for
+        return recompute(results, grads, tensors[:12])
+
+
+def _unfit_for_triton(call: DecoderCall) -> list[str]:
+    reasons = _triton.unfit(call)
+    if call.empty:
+        reasons.append("there is no step or no sentence")
+    return reasons
+
+
+BACKENDS = (
+    Backend("triton", _triton_run, _unfit_for_triton, backward=_triton_backward),
+    Backend("cpu", _cpu, _why_not, backward=_cpu_backward),
+    reference_backend(OP),
+)
 OP.backends = BACKENDS
 
 

@@ -24,6 +24,7 @@ from torch import Tensor
 
 from encdec_fast.backends import Backend, Description, explained_by, select
 from encdec_fast.ops import _attention_checks as checks
+from encdec_fast.ops import _triton
 from encdec_fast.ops._call import GRAPHS, autocasting, context_of, needs_gradient
 from encdec_fast.ops._cpu import unfit
 from encdec_fast.ops._packing import with_rows
@@ -109,7 +110,49 @@ def _why_not(call: VarlenCall) -> list[str]:
     return unfit(call) + (["a gradient is needed: it has none"] if call.training else [])
 
 
+def _triton_run(
+    call: VarlenCall,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    query_offsets: Tensor,
+    memory_offsets: Tensor,
+) -> Tensor:
+    """By `attention`: its kernels skip what lies behind a sentence's end, so room costs little."""
+    B = query_offsets.numel() - 1
+    if query.shape[0] == 0 or B < 1:
+        return query.new_zeros((*query.shape[:2], value.shape[2]))
+    queries, memory = (offsets.diff() for offsets in (query_offsets, memory_offsets))
+
+    def places(sizes: Tensor) -> tuple[int, Tensor]:
+        """(the most rows of a sentence, where each row lies in (B, most))."""
+        most = int(sizes.max())
+        at = torch.arange(most) < sizes.unsqueeze(1)
+        return most, at.flatten().nonzero().squeeze(1).to(query.device)
+
+    def padded(rows: Tensor, most: int, at: Tensor) -> Tensor:
+        room = rows.new_zeros(B * most, *rows.shape[1:])
+        return room.index_copy_(0, at, rows).view(B, most, *rows.shape[1:]).transpose(1, 2)
+
+    (T, of_queries), (S, of_memory) = places(queries), places(memory)
+    output = attention(
+        padded(query, T, of_queries),
+        padded(key, S, of_memory),
+        padded(value, S, of_memory),
+        memory_lengths=memory,
+        causal=call.causal,
+        scale=call.scale,
+    )
+    found: Tensor = output.transpose(1, 2).flatten(0, 1).index_select(0, of_queries)
+    return found
+
+
+def _why_not_triton(call: VarlenCall) -> list[str]:
+    return _triton.unfit(call) + (["a gradient is needed: it has none"] if call.training else [])
+
+
 BACKENDS = (
+    Backend("triton", _triton_run, _why_not_triton),
     Backend("cpu", _cpu, _why_not),
     Backend("reference", _reference, lambda call: []),
 )
