@@ -204,3 +204,29 @@ def test_compile() -> None:
     found = torch.compile(cached_attention, fullgraph=True)(**given)
     torch.testing.assert_close(found, expected)
     assert torch.equal(given["keys"][2], other["keys"][2])
+
+
+def test_offsets_beyond_32_bits(interpreter: None) -> None:
+    """A cache of more than 2**31 numbers, of which few are ever touched: the last row's keys."""
+    kernels = ops._triton.kernels("cached_attention")
+    R, P, H, D = 2**31 // (3 * 2 * 256) + 5, 3, 2, 256
+    given = make((2, H, D, P, 2))
+    keys, values = (torch.empty(P, R, H, D) for _ in range(2))
+    assert keys.numel() > 2**31
+    rows = torch.full((1, P), R - 1, dtype=torch.int32)
+    for place in range(2):
+        keys[place, R - 1], values[place, R - 1] = (
+            given["keys"][place, 1],
+            given["values"][place, 1],
+        )
+    output = torch.empty(1, H, D)
+    new = [given[name][:1] for name in ("query", "key", "value")]
+    tensors = (*new, keys, values, rows, torch.tensor([2]), None, output)
+    strides = [tensor.stride(0) for tensor in new]
+    # Programs of the first row alone: it reads the last one.
+    tile = {"KEYS": 16, "D": D, "HEAD": D}
+    kernels.step_kernel[H,](*tensors, R, P, H, 0.1, *strides, **tile)
+    small = dict(given, rows=torch.ones(2, P, dtype=torch.int32))
+    expected = exactly(small, None, 0.1)[:1]
+    torch.testing.assert_close(output.double(), expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(keys[2, 0], given["key"][0])

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.library import opcheck
 
-from encdec_fast import BackendRefused, explain, use_backend
+from encdec_fast import BackendRefused, explain, ops, use_backend
 from encdec_fast.ops import log_softmax_topk
 
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
@@ -170,3 +170,21 @@ def test_compile() -> None:
         compiled(logits, k, forbidden), log_softmax_topk(logits, k, forbidden), strict=True
     ):
         torch.testing.assert_close(a, b)
+
+
+def test_offsets_beyond_32_bits(interpreter: None) -> None:
+    """Three rows of 2**30 classes, of which the first part of each is looked at."""
+    kernels = ops._triton.kernels("log_softmax_topk")
+    N, V, k, size = 3, 2**30, 2, 128
+    logits = torch.empty(N, V, dtype=torch.bfloat16)
+    logits[:, :size] = torch.randn(N, size)
+    keys, sums = torch.empty(N, 1, k, dtype=torch.int64), torch.empty(N, 1, 2)
+    constants = {"COUNTED": True, "K": k, "CLASSES": size}
+    kernels.part_kernel[N, 1](logits, None, keys, sums, V, 1, **constants)
+    values, log_sums = torch.empty(N, k), torch.empty(N)
+    classes = torch.empty(N, k, dtype=torch.int64)
+    held = {"K": k, "PARTS": 1, "KEYS": 32}
+    kernels.join_kernel[N,](keys, sums, values, classes, log_sums, 1, **held)
+    expected = log_softmax_topk(logits[:, :size].contiguous(), k)
+    for found, true in zip((values, classes, log_sums), expected, strict=True):
+        torch.testing.assert_close(found, true)
