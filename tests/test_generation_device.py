@@ -43,10 +43,14 @@ run: Any = importlib.import_module("encdec_fast.generation.device.run")
 class Steps:
     """Any step as the decoder of a session; rows that are not open are fed, too."""
 
-    def __init__(self, step: Any, state: Any, rows: int, needs: bool) -> None:
+    def __init__(
+        self, step: Any, state: Any, rows: int, beams: int, draws: int, needs: bool
+    ) -> None:
         self.call, self.state, self.needs = step, state, needs
-        many = rows // len(pytree.tree_leaves(state)[0])
-        self.state = pytree.tree_map(lambda t: t.repeat_interleave(many, 0), state)
+        # There may be room for more sentences: they are fed something, too.
+        count = len(pytree.tree_leaves(state)[0]) * draws
+        at = torch.arange(rows // beams).clamp(max=count - 1) // draws
+        self.state = pytree.tree_map(lambda t: t[at].repeat_interleave(beams, 0), state)
 
     def begin(self, encoded: Encoded) -> None:
         """Its state is there."""
@@ -79,7 +83,9 @@ def search(
     first = step(torch.tensor([p[0] for p in prompts]), state)
     S = first[2].shape[1] if need_attention or config.coverage_penalty > 0 else 0
     sizes = run.sizes_of(requests, config, S, first[0].shape[1])
-    steps = Steps(step, state, sizes.B * sizes.K, S > 0)
+    sizes = sizes._replace(kept=need_attention)
+    draws = config.num_return_sequences if config.draws else 1
+    steps = Steps(step, state, sizes.B * sizes.K, sizes.K, draws, S > 0)
     session = run.Session(Search(config, sizes, torch.device("cpu")), steps)
     drawn = config.seed if config.seed is not None else int(torch.randint(2**63 - 1, ()))
     lengths = [S] * len(prompts) if source_lengths is None else source_lengths
@@ -136,6 +142,15 @@ def test_a_step_in_one_kernel(name: str, interpreter: None) -> None:
             assert own.log_probs == pytest.approx(other.log_probs, abs=1e-6)
             assert own.attention is not None and other.attention is not None
             assert torch.equal(own.attention, other.attention)
+
+
+def test_coverage_that_is_not_returned(interpreter: None) -> None:
+    """The penalty looks at the attention, which is then not kept."""
+    options = {**FUSED["coverage"], "max_new_tokens": 4, "eos_token_id": 2}
+    case = shared.Case(SMALL.table, SMALL.prompts)
+    shared.compare(case, GenerationConfig(**options))
+    with use_backend("triton"):
+        shared.compare(case, GenerationConfig(**options))
 
 
 def test_a_step_in_one_kernel_as_the_reference(interpreter: None) -> None:

@@ -9,7 +9,11 @@ are searched in seconds; there they run in Triton's interpreter.
 from __future__ import annotations
 
 import contextlib
+import copy
+import gc
 import importlib
+import time
+import weakref
 from collections.abc import Iterator
 from typing import Any
 
@@ -35,8 +39,9 @@ from test_generation import (
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from encdec_fast import explain, use_backend
+from encdec_fast import explain, generation, use_backend
 from encdec_fast.backends import Backend
+from encdec_fast.ops import _triton
 
 run: Any = importlib.import_module("encdec_fast.generation.device.run")
 module: Any = importlib.import_module("encdec_fast.generation.generate")
@@ -187,3 +192,124 @@ def test_on_triton(name: str, interpreter: None, monkeypatch: pytest.MonkeyPatch
         found = generate(model, few, config)
     assert tokens_of(found) == tokens_of(expected)
     torch.testing.assert_close(found.scores, expected.scores, rtol=0, atol=2e-4)
+
+
+def sessions_of(model: Any) -> Any:
+    """What is kept of a model."""
+    return run._kept[model].sessions if model in run._kept else {}
+
+
+def test_sessions_are_few_and_released() -> None:
+    """Four of each model, none for tensors that it no longer has, and none after `release`."""
+    model, config = made("lstm-additive-2")
+    model = copy.deepcopy(model)
+    for beams in range(1, 8):
+        generate(model, SENTENCES, config, num_beams=beams)
+        assert len(sessions_of(model)) == min(beams, run.KEPT)
+    before = [weakref.ref(parameter) for parameter in model.parameters()]
+    model.load_state_dict({k: v.clone() for k, v in model.state_dict().items()}, assign=True)
+    generate(model, SENTENCES, config)
+    gc.collect()
+    assert len(sessions_of(model)) == 1 and not any(parameter() for parameter in before)
+    generation.release(model)
+    assert len(sessions_of(model)) == 0
+    assert tokens_of(generate(model, SENTENCES, config))
+
+
+def test_sizes_share_sessions() -> None:
+    """Batches of like sizes, prefixes of like lengths and sources of any are one session's."""
+    model, config = made("pre-relu-5")
+    model = copy.deepcopy(model)
+    for sentences, prefixes in (
+        (SENTENCES, None),
+        (SENTENCES[:9], [[3]] * 9),
+        (SENTENCES[1:], [[3, 4]] * 9),
+    ):
+        generate(model, sentences, config, num_beams=2, prefixes=prefixes)
+    assert len(sessions_of(model)) == 1
+
+
+def test_a_weight_in_another_ones_place() -> None:
+    """Copies are made of the tensors that the model has now, where others lay before."""
+    model, config = made("gru-dot-1")
+    model = copy.deepcopy(model).bfloat16()
+    generate(model, SENTENCES, config, weight_dtype=torch.float32)
+    old = model.output.weight
+    store = old.data
+    old.data = store.clone()
+    model.output.weight = torch.nn.Parameter(store)
+    with torch.no_grad():
+        model.output.weight.mul_(-1.1)
+    found = tokens_of(generate(model, SENTENCES, config, weight_dtype=torch.float32))
+    other = copy.deepcopy(model)
+    assert found == tokens_of(generate(other, SENTENCES, config, weight_dtype=torch.float32))
+
+
+@pytest.mark.parametrize("name", FEW)
+def test_autocast(name: str) -> None:
+    """It is the encoder's; a search has the dtype of its weights, and no session of its own."""
+    model, config = made(name)
+    model = copy.deepcopy(model)
+    try:
+        with torch.autocast("cpu", torch.bfloat16):
+            found = generate(model, SENTENCES, config)
+    except RuntimeError as error:  # where the encoder alone does not run
+        pytest.skip(str(error).splitlines()[0])
+    assert all(h.log_probs for each in found.hypotheses for h in each)
+    generate(model, SENTENCES, config)
+    assert len(sessions_of(model)) == 1
+
+
+def test_attention_is_an_ordinary_tensor() -> None:
+    model, config = made("lstm-additive-2")
+    weights = generate(model, SENTENCES, config, need_attention=True).hypotheses[0][0].attention
+    assert weights is not None and not weights.is_inference()
+    (weights * torch.ones(1, requires_grad=True)).sum().backward()
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_captures(
+    fails: bool, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """After some steps of a session, not of each call; where it cannot be, the steps go on."""
+    model, config = made("pre-relu-5")
+    expected = tokens_of(generate(model, SENTENCES, config))
+    model = copy.deepcopy(model)
+    begin, recorded = run.Session.__init__, []
+
+    def on_a_gpu(session: Any, *given: Any) -> None:
+        begin(session, *given)
+        session.captures = True
+
+    def record(step: Any, device: torch.device) -> Any:
+        recorded.append(step)
+        if fails:
+            raise RuntimeError("operation not permitted when stream is capturing")
+        return step
+
+    monkeypatch.setattr(run.Session, "__init__", on_a_gpu)
+    monkeypatch.setattr(_triton.kernels("_replay"), "record", record)
+    counts = []
+    for _ in range(4):
+        assert tokens_of(generate(model, SENTENCES, config)) == expected
+        counts.append(len(recorded))
+    assert counts in ([0, 1, 1, 1], [1, 1, 1, 1])
+    (session,) = sessions_of(model).values()
+    assert (session.replay is None) == fails and session.taken >= run.EAGER
+    assert ("could not be captured" in caplog.text) == fails
+
+
+def test_time_to_prepare_does_not_count(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What compiles and captures once, in a first call, is not the search's."""
+    model, config = made("gru-dot-1")
+    model = copy.deepcopy(model)
+    step, slow = run.Session.step, [2.0]
+
+    def compiling(session: Any) -> None:
+        if slow:
+            time.sleep(slow.pop())
+        step(session)
+
+    monkeypatch.setattr(run.Session, "step", compiling)
+    found = generate(model, SENTENCES, config, max_time=1.5)
+    assert tokens_of(found) == tokens_of(generate(model, SENTENCES, config))

@@ -72,3 +72,17 @@ def test_explain(interpreter: None) -> None:
     assert "for the CPU" in BACKENDS[0].why_not(call._replace(weight_dtype="int8"))[0]
     assert BACKENDS[0].why_not(call._replace(device="cpu"))
     assert BACKENDS[0].why_not(call._replace(reasons=("a hook",))) == ["a hook"]
+
+
+def test_a_reason_is_always_given(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Where neither engine runs, as on a GPU without Triton, the log says why."""
+    refusing = [
+        Backend(name, lambda search, prepared: None, lambda call, name=name: [f"no {name} here"])
+        for name in ("triton", "cpu")
+    ]
+    monkeypatch.setattr(integration, "BACKENDS", (*refusing, BACKENDS[-1]))
+    given, _, _ = arguments("bart", {"max_new_tokens": 3})
+    generate(optimized("bart"), **given)
+    assert "triton: no triton here; cpu: no cpu here" in caplog.text

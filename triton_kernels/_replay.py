@@ -19,16 +19,25 @@ Tensors: TypeAlias = Sequence[Tensor | None]
 Launch: TypeAlias = Callable[[Tensors], None]
 
 _MOST = 16  # graphs that are kept; each holds its tensors
+_recording = ForkSafeLock()
 
 
 def record(launch: Callable[[], None], device: torch.device) -> Callable[[], None]:
     """Record what `launch` does, without doing it; the result does it. It was done once before:
     nothing can be compiled while it is recorded."""
-    graph = torch.cuda.CUDAGraph()
-    # A stream of this device, and no stop for what other threads do meanwhile.
-    stream = torch.cuda.Stream(device)
-    with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
-        launch()
+    # One at a time in the process: a capture begins by waiting for the device, which breaks others.
+    with _recording.current:
+        graph = torch.cuda.CUDAGraph()
+        # A stream of this device, and no stop for what other threads do meanwhile.
+        stream = torch.cuda.Stream(device)
+        # Streams come again, and cuBLAS keeps a workspace for each: one that lies in another graph
+        # would go with that.
+        torch._C._cuda_clearCublasWorkspaces()
+        try:
+            with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
+                launch()
+        finally:
+            torch._C._cuda_clearCublasWorkspaces()
     return graph.replay
 
 

@@ -15,6 +15,7 @@ from encdec_fast.generation.describe import (
     recurrent_layers,
     transformer_decoder,
 )
+from encdec_fast.generation.device import release
 from encdec_fast.generation.engine import Encoded, packed_bytes
 from encdec_fast.generation.generate import Generates, GenerationOutput, generate
 from encdec_fast.generation.result import Hypothesis
@@ -37,6 +38,7 @@ __all__ = [
     "generate",
     "packed_bytes",
     "recurrent_layers",
+    "release",
     "search",
     "transformer_decoder",
 ]

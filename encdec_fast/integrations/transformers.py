@@ -217,11 +217,15 @@ def _by_name(method: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict
 
 def _judge(owner: Generate, reasons: tuple[str, ...], sizes: str, explaining: bool) -> Backend:
     """Which backend runs. BackendRefused where the one that was asked for cannot."""
-    model = owner.model
-    call = Call(type(model).__name__, reasons, model.device.type, owner.packed_dtype)
+    call = _call_of(owner, reasons)
     if explaining:
         raise _Told(call, sizes)
     return select(BACKENDS, call)
+
+
+def _call_of(owner: Generate, reasons: tuple[str, ...]) -> Call:
+    model = owner.model
+    return Call(type(model).__name__, reasons, model.device.type, owner.packed_dtype)
 
 
 class _Search:
@@ -254,7 +258,12 @@ class _Search:
             generation_config.num_beams,
             generation_config.max_length,
         )
-        return _judge(self.owner, self.reasons, sizes, self.explaining).run(self, prepared)
+        backend = _judge(self.owner, self.reasons, sizes, self.explaining)
+        if not self.reasons:  # what speaks against the engines, should neither run
+            call = _call_of(self.owner, ())
+            verdicts = (f"{b.name}: {'; '.join(b.why_not(call))}" for b in BACKENDS[:-1])
+            self.reasons = tuple(verdicts) if backend is BACKENDS[-1] else ()
+        return backend.run(self, prepared)
 
     def _why_not(self, prepared: requests.Prepared) -> list[str]:
         reasons = list(requests.why_not(prepared, self.masked))
@@ -283,7 +292,7 @@ class _Search:
                 streamer.put(torch.tensor([token]))
 
         if streamer is not None:
-            streamer.put(prepared.first)
+            streamer.put(prepared.first.cpu())
         found = search(
             self.owner,
             self.decoder,
@@ -315,10 +324,10 @@ def optimize(model: _M, weight_dtype: torch.dtype | str | None = None) -> _M:
     changes weight_dtype. Copies and pickles of the model are optimized models too.
 
     What the engine does not do, such as stopping criteria of your own, scores of each step,
-    timestamps, a model on a GPU or in training mode, runs on transformers' own decoding (behind an
-    encoder that keeps its weight_dtype), with the reason in the log of this module: as a warning
-    the first time, then as information. `encdec_fast.explain` tells it beforehand. In bfloat16 and
-    float16 models the engine's sums are float32, transformers' are not.
+    timestamps, int8 weights on a GPU, a model in training mode, runs on transformers' own decoding
+    (behind an encoder that keeps its weight_dtype), with the reason in the log of this module: as a
+    warning the first time, then as information. `encdec_fast.explain` tells it beforehand. In
+    bfloat16 and float16 models the engine's sums on the CPU are float32, transformers' are not.
 
     TypeError for another class; RuntimeError where somebody else replaced generate; ValueError for
     another weight_dtype.

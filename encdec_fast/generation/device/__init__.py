@@ -8,6 +8,6 @@ transformer.py  a step of a Transformer decoder
 run.py          sessions, their graphs, and the loop that replays them
 """
 
-from encdec_fast.generation.device.run import run, why_not
+from encdec_fast.generation.device.run import release, run, why_not
 
-__all__ = ["run", "why_not"]
+__all__ = ["release", "run", "why_not"]

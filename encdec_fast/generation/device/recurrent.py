@@ -38,19 +38,20 @@ class RecurrentSteps:
 
     def begin(self, encoded: Encoded) -> None:
         """Take what the encoder left."""
-        self.weights.refresh()
         states = encoded.states if isinstance(encoded.states, tuple) else (encoded.states,)
         for own, given in zip(self.states, states, strict=True):
-            own.copy_(given.repeat_interleave(self.K, 1))
-        if encoded.context is None:
-            self.context.zero_()
-        else:
-            self.context.copy_(encoded.context.repeat_interleave(self.K, 0))
+            own.zero_()
+            own[:, : given.shape[1] * self.K] = given.repeat_interleave(self.K, 1)
+        self.context.zero_()
+        if encoded.context is not None:
+            rows = encoded.context.shape[0] * self.K
+            self.context[:rows] = encoded.context.repeat_interleave(self.K, 0)
         if self.values is None:
             return
         assert encoded.memory is not None
         put(encoded.memory, self.values)
-        self.lengths.copy_(torch.tensor(list(encoded.lengths)))
+        self.lengths.zero_()
+        self.lengths[: len(encoded.lengths)] = torch.tensor(list(encoded.lengths))
         if self.keys is not None and self.decoder.keys is not None:
             self.keys.copy_(self.weights.affine(self.decoder.keys, self.values))
 

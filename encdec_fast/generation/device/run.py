@@ -7,6 +7,7 @@ with its graph for the next call of the same sizes.
 from __future__ import annotations
 
 import itertools
+import logging
 import os
 import time
 import weakref
@@ -21,26 +22,28 @@ from torch import Tensor
 from encdec_fast.backends import requested_backend
 from encdec_fast.backends.locks import ForkSafeLock
 from encdec_fast.generation.config import GenerationConfig
-from encdec_fast.generation.decoders import Decoder, RecurrentDecoder
+from encdec_fast.generation.decoders import Decoder, RecurrentDecoder, parts_of
 from encdec_fast.generation.device.recurrent import RecurrentSteps
 from encdec_fast.generation.device.search import Search, Sizes
 from encdec_fast.generation.device.transformer import TransformerSteps
-from encdec_fast.generation.device.weights import Weights
+from encdec_fast.generation.device.weights import Weights, place_of
 from encdec_fast.generation.engine import (
     Encoded,
     Request,
     Stream,
     check_encoded,
     count_rows,
-    traces_of,
 )
 from encdec_fast.generation.result import Hypothesis
 from encdec_fast.ops import _triton
+from encdec_fast.ops._call import without_autocast as _plain
 
 STEPS = 8  # between two looks of the host
+EAGER = 12  # steps of a session before it is captured: what comes once is hardly worth a graph
 KEPT = 4  # sessions of a model
 ALIGNED = 16  # source lengths are rounded up to it, so that fewer sessions serve more calls
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+_log = logging.getLogger(__name__)
 
 
 def why_not(device: str, weight_dtype: str) -> list[str]:
@@ -60,23 +63,10 @@ class Session:
     def __init__(self, search: Search, steps: Any) -> None:
         self.search, self.steps = search, steps
         # Where tensors' values are checked, they are read, which a capture does not allow.
-        checks = os.environ.get("ENCDEC_FAST_CHECK") == "1"
-        self.captures = search.device.type == "cuda" and not checks
+        self.captures = search.device.type == "cuda" and not _checks()
         self.replay: Callable[[], None] | None = None
-
-    @classmethod
-    def of(
-        cls, decoder: Decoder, config: GenerationConfig, sizes: Sizes, S: int, dtype: torch.dtype
-    ) -> Session:
-        """S: positions of the memory."""
-        device = decoder.output.weight.device
-        weights, B, K, needs = Weights(decoder, dtype, device), sizes.B, sizes.K, sizes.S > 0
-        steps: RecurrentSteps | TransformerSteps
-        if isinstance(decoder, RecurrentDecoder):
-            steps = RecurrentSteps(decoder, weights, B, K, S, needs)
-        else:
-            steps = TransformerSteps(decoder, weights, B, K, S, sizes.L, needs)
-        return cls(Search(config, sizes, device), steps)
+        self.taken = 0  # steps that ran as they are
+        self.prepared = 0.0  # seconds in which kernels were compiled, or the graph was made
 
     def step(self) -> None:
         """Feed the next tokens and choose those after them."""
@@ -87,25 +77,53 @@ class Session:
         search.advance(*taken)
 
     def take(self) -> None:
-        """A step: as it is where it is the first one ever, so that all its kernels are compiled."""
+        """A step, by the graph once there is one."""
         if self.replay is not None:
             self.replay()
             return
+        began = time.perf_counter()
         self.step()
-        if self.captures:
+        self.taken += 1
+        if self.taken == 1:
+            self.prepared += time.perf_counter() - began
+        if self.captures and self.taken >= EAGER:
+            began = time.perf_counter()
+            self._capture()
+            self.prepared += time.perf_counter() - began
+
+    def _capture(self) -> None:
+        try:
             self.replay = _triton.kernels("_replay").record(self.step, self.search.device)
+        except RuntimeError as error:  # somebody else's doing: the steps are as right without
+            self.captures = False
+            _log.warning("generate: a step could not be captured, and runs as it is: %s", error)
 
 
-_sessions: weakref.WeakKeyDictionary[Any, OrderedDict[Any, Session]] = weakref.WeakKeyDictionary()
+class _Kept:
+    """What a model has on the device: sessions, the latest used ones, and weights they share."""
+
+    def __init__(self) -> None:
+        self.sessions: OrderedDict[Any, Session] = OrderedDict()
+        self.weights: dict[Any, Weights] = {}
+
+
+_kept: weakref.WeakKeyDictionary[Any, _Kept] = weakref.WeakKeyDictionary()
 _lock = ForkSafeLock()
 
 
-def _key(decoder: Decoder, config: GenerationConfig, *sizes: Any) -> Any:
-    """What a session can be used again for: everything that its launches depend on."""
-    # The weights' counters do not matter: they are read where they lie, or copied anew.
-    traces = [t[0] if isinstance(t, tuple) else t for t in traces_of(decoder)]
-    options = repr(astuple(config.replace(seed=None, max_time=None, max_batch_tokens=None)))
-    return repr(traces), options, sizes, requested_backend()
+def release(model: Any) -> None:
+    """Free what generation keeps of a model on a GPU between calls; the next call makes it anew.
+
+    model: as given to `generate`, or a model of transformers' `generate` after `optimize`.
+    """
+    owner = vars(model).get("generate", model)
+    with _lock.current:
+        for own in (model, owner):
+            _kept.pop(own, None)
+
+
+def _checks() -> bool:
+    return os.environ.get("ENCDEC_FAST_CHECK") == "1"
 
 
 def _session(
@@ -116,18 +134,56 @@ def _session(
     S: int,
     dtype: torch.dtype,
 ) -> tuple[Any, Session]:
-    key = _key(decoder, config, sizes, S, dtype)
+    """A session that nobody uses, and the key that it is put back with; S: of the memory."""
+    places = tuple(place_of(tensor) for tensor in parts_of(decoder).tensors)
+    own = (places, repr(parts_of(decoder).settings), dtype)
+    options = repr(astuple(config.replace(seed=None, max_time=None, max_batch_tokens=None)))
+    # What else the launches depend on.
+    around = requested_backend(), _checks(), torch.get_float32_matmul_precision()
+    key = (own, options, sizes, S, around)
     with _lock.current:
-        found = _sessions.setdefault(owner, OrderedDict()).pop(key, None)
-    if found is None:
+        kept = _kept.setdefault(owner, _Kept())
+        found = kept.sessions.pop(key, None)
+        weights = kept.weights.get(own)
+        # Other tensors than the model has now serve nobody.
+        for old in [old for old in kept.weights if old[0] != places]:
+            del kept.weights[old]
+        for other in [other for other in kept.sessions if other[0][0] != places]:
+            del kept.sessions[other]
+        while found is None and len(kept.sessions) >= KEPT:
+            kept.sessions.popitem(last=False)
+    if found is not None:
+        return key, found
+
+    def make() -> Session:
+        nonlocal weights
         with torch.inference_mode(False), torch.no_grad():
-            found = Session.of(decoder, config, sizes, S, dtype)
+            device = decoder.output.weight.device
+            weights = Weights(decoder, dtype, device) if weights is None else weights
+            B, K, needs = sizes.B, sizes.K, sizes.S > 0
+            steps: RecurrentSteps | TransformerSteps
+            if isinstance(decoder, RecurrentDecoder):
+                steps = RecurrentSteps(decoder, weights, B, K, S, needs)
+            else:
+                steps = TransformerSteps(decoder, weights, B, K, S, sizes.L, needs)
+            return Session(Search(config, sizes, device), steps)
+
+    try:
+        found = make()
+    except torch.OutOfMemoryError:
+        with _lock.current:
+            kept.sessions.clear()
+        torch.cuda.empty_cache()
+        found = make()
+    with _lock.current:
+        assert weights is not None
+        kept.weights[own] = weights
     return key, found
 
 
 def _put_back(owner: Any, key: Any, session: Session) -> None:
     with _lock.current:
-        kept = _sessions.setdefault(owner, OrderedDict())
+        kept = _kept.setdefault(owner, _Kept()).sessions
         kept[key] = session
         while len(kept) > KEPT:
             kept.popitem(last=False)
@@ -148,9 +204,13 @@ def _spread(encoded: Encoded, draws: int) -> Encoded:
     return Encoded(many(encoded.memory, 0), lengths, states, many(encoded.context, 0))
 
 
+def _rounded(count: int, to: int) -> int:
+    return -(-count // to) * to
+
+
 def _padded_source(decoder: Decoder, S: int) -> int:
     most = decoder.max_source_length
-    whole = -(-S // ALIGNED) * ALIGNED
+    whole = _rounded(S, ALIGNED)
     return whole if most is None else min(whole, most)
 
 
@@ -181,7 +241,7 @@ class _Watch:
         failed = int(self.search.failed)
         if failed:
             raise RuntimeError(f"the decoder's scores of token {failed} are NaN or infinite")
-        now: list[list[bool]] = self.search.open.tolist()
+        now: list[list[bool]] = self.search.open[: len(self.requests)].tolist()
         if self.written is not None:
             self._stream(now)
         for b, rows in enumerate(now):
@@ -230,28 +290,40 @@ def run(
     S = _padded_source(decoder, shown)
     attends = decoder.attends and (need_attention or config.coverage_penalty > 0)
     sizes = sizes_of(requests, config, S if attends else 0, decoder.output.weight.shape[0])
-    key, session = _session(owner, decoder, config, sizes, S, DTYPES[weight_dtype])
-    with torch.cuda.device_of(session.search.sums), torch.no_grad():
-        results = drive(
-            *(session, encoded, requests, config, seed),
-            shown=shown if need_attention else 0,
-            finished=finished,
-            written=written,
-            timing=timing,
-        )
+    sizes = sizes._replace(kept=need_attention and attends)
+    device = decoder.output.weight.device
+    with torch.cuda.device_of(decoder.output.weight), torch.no_grad(), _plain(device.type):
+        key, session = _session(owner, decoder, config, sizes, S, DTYPES[weight_dtype])
+        # Another description may have the same tensors' memory, and other tensors.
+        session.steps.decoder = decoder
+        session.steps.weights.refresh(decoder)
+        try:
+            results = drive(
+                *(session, encoded, requests, config, seed),
+                shown=shown if need_attention else 0,
+                finished=finished,
+                written=written,
+                timing=timing,
+            )
+        except BaseException:
+            if device.type == "cuda":  # steps may be on their way in what is given up now
+                torch.cuda.current_stream(device).synchronize()
+            raise
     _put_back(owner, key, session)
     return results
 
 
 def sizes_of(requests: Sequence[Request], config: GenerationConfig, S: int, V: int) -> Sizes:
-    """Of a search for these; S: of the attention that is kept, or 0."""
+    """Of a search for these, with some room; S: of the attention that is looked at, or 0."""
+    B = len(requests) * _draws(config)
     soft = config.prefix_bias is not None
+    longest = max(len(request.prefix) for request in requests) if soft else 0
     return Sizes(
-        len(requests) * _draws(config),
+        B if B <= 8 else _rounded(B, 8 if B <= 64 else 32),
         config.num_beams,
-        max(config.limit(len(request.prompt)) for request in requests),
-        max(len(request.prompt) for request in requests),
-        max(len(request.prefix) for request in requests) if soft else 0,
+        _rounded(max(config.limit(len(request.prompt)) for request in requests), 16),
+        _rounded(max(len(request.prompt) for request in requests), 8),
+        _rounded(longest, 8),
         S,
         V,
     )
@@ -282,13 +354,16 @@ def drive(
             for request in requests
             for i in range(draws)
         ]
-    began, steps, late = time.perf_counter(), 0, False
+    # What is prepared once is not the search's time.
+    began, steps, late = time.perf_counter() - session.prepared, 0, False
+    most = max(config.limit(len(request.prompt)) for request in requests)
     session.steps.begin(encoded)
     search.begin(requests, encoded.lengths, seed)
     watch = _Watch(search, requests, draws, finished, written)
     each = 1 if written is not None else STEPS
-    while steps < search.sizes.L - 1:
-        if not late and config.max_time and time.perf_counter() - began > config.max_time:
+    while steps < most - 1:
+        spent = time.perf_counter() - began - session.prepared
+        if not late and config.max_time and spent > config.max_time:
             late = True
             search.late.fill_(True)
         session.take()
@@ -306,6 +381,7 @@ def drive(
         else:
             results.append(own)
     if timing is not None:
-        rows = steps * search.sizes.B * search.sizes.K
-        timing |= {"steps": steps, "rows": rows, "device_seconds": time.perf_counter() - began}
+        spent = time.perf_counter() - began - session.prepared
+        rows = steps * len(requests) * search.sizes.K
+        timing |= {"steps": steps, "rows": rows, "device_seconds": spent}
     return results

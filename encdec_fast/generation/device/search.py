@@ -26,10 +26,11 @@ NOTHING = -1  # in place of a row: nothing was written; in place of a token: non
 
 
 class Sizes(NamedTuple):
-    """What shapes a search's tensors. B: with several draws each is a sentence of its own.
+    """What shapes a search's tensors, each with room for at least so many.
 
-    L: the longest target. P: the longest prompt. X: the longest soft prefix. S: of the attention
-    that is kept, or 0.
+    B: sentences; with several draws each is one of its own. L: the longest target. P: the longest
+    prompt. X: the longest soft prefix, 0: there is none. S: of the attention that is looked at, or
+    0. kept: whether that is returned.
     """
 
     B: int
@@ -39,6 +40,7 @@ class Sizes(NamedTuple):
     X: int
     S: int
     V: int
+    kept: bool = False
 
 
 class Ended(NamedTuple):
@@ -71,7 +73,7 @@ class Search:
 
     def __init__(self, config: GenerationConfig, sizes: Sizes, device: torch.device) -> None:
         self.config, self.sizes, self.device = config, sizes, device
-        B, K, L, P, X, S, V = sizes
+        B, K, L, P, X, S, V, keeps = sizes
         R = B * K
         self.scores = Scores(config, V, L, X > 0, device)
         self.covers = config.coverage_penalty > 0 and K > 1
@@ -94,7 +96,7 @@ class Search:
         self.next_tokens, self.parents = numbers(R), numbers(R)
         self.tokens, self.rows = numbers(L, R), numbers(L, R)
         self.log_probs = numbers(L, R, dtype=torch.float32)
-        self.attention = numbers(L, R, S, dtype=torch.float32) if S else None
+        self.attention = numbers(L, R, S, dtype=torch.float32) if keeps else None
         self.received = numbers(R, S, dtype=torch.float32) if self.covers else None
         self.ancestors = numbers(R, L, dtype=torch.int32)
         self.history = numbers(R, L) if self.scores.reads else None
@@ -115,8 +117,12 @@ class Search:
         return Ended(scores, lengths, rows, tokens, torch.zeros(shape, device=self.device))
 
     def begin(self, requests: Sequence[Request], lengths: Sequence[int], seed: int) -> None:
-        """Start anew; requests and lengths (of the sources) have one entry for each sentence."""
-        _, K, _, P, X, _, _ = self.sizes
+        """Start anew; requests and lengths (of the sources) have one entry for each sentence.
+
+        Where there is room for more of them, these have ended before they begin.
+        """
+        _, K, _, P, X, *_ = self.sizes
+        B = len(requests)
         for name, tensor in vars(self).items():
             if isinstance(tensor, Tensor) and name not in ("places", "settings"):
                 tensor.zero_()
@@ -129,19 +135,20 @@ class Search:
             return torch.tensor([row + [NOTHING] * (width - len(row)) for row in rows])
 
         prompts = padded([request.prompt for request in requests], P)
-        self.prompts.copy_(prompts)
+        self.prompts[:B] = prompts
         sizes = [len(request.prompt) for request in requests]
-        self.lengths.copy_(torch.tensor(sizes))
-        self.limits.copy_(torch.tensor([self.config.limit(size) for size in sizes]))
-        self.numbers.copy_(torch.tensor([request.number for request in requests]))
-        self.sources.copy_(torch.tensor(list(lengths)))
+        self.lengths[:B] = torch.tensor(sizes)
+        self.limits[:B] = torch.tensor([self.config.limit(size) for size in sizes])
+        self.numbers[:B] = torch.tensor([request.number for request in requests])
+        self.sources[:B] = torch.tensor(list(lengths))
         self.seed.fill_(seed if seed < 2**63 else seed - 2**64)
         if self.prefix is not None and self.follows is not None:
-            self.prefix.copy_(padded([request.prefix for request in requests], X))
+            self.prefix.fill_(NOTHING)
+            self.prefix[:B] = padded([request.prefix for request in requests], X)
             self.follows.fill_(True)
         self.sums.fill_(-math.inf)
-        self.sums[:, 0] = 0
-        self.open[:, 0] = True
+        self.sums[:B, 0] = 0
+        self.open[:B, 0] = True
         first = self.prompts[:, 0].repeat_interleave(K)
         self.next_tokens.copy_(first)
         self.tokens[0] = first
@@ -161,7 +168,7 @@ class Search:
 
     def _launch(self, found: Candidates, attention: Tensor | None) -> None:
         """`_advance` in one kernel."""
-        B, K, L, P, X, S, _ = self.sizes
+        B, K, L, P, X, S, *_ = self.sizes
         tensors = [
             *(self.position, self.late, self.failed, self.settings),
             *(self.prompts, self.lengths, self.limits, self.sources, self.scores.ends),
@@ -195,7 +202,8 @@ class Search:
         self._keep_stuck(found, length, searching)
         sums, beams, tokens, log_probs = self._best(found, searching)
         possible = sums > -math.inf
-        ends = torch.isin(tokens, self.scores.ends) | self.late
+        # Not isin, which sorts where there are many of them, and waits for the result.
+        ends = (tokens.unsqueeze(2) == self.scores.ends).any(2) | self.late
         ends = ends | (length + 1 >= self.limits).unsqueeze(1)
         parents = beams + self.places.view(B, K)[:, :1]  # (B, kept)
         n = self.sums.shape[1]
@@ -305,7 +313,7 @@ class Search:
         received: Tensor | None,
     ) -> None:
         """Open the best hypotheses that go on, feed the next token of prompts, and count on."""
-        B, K, L, P, X, _, _ = self.sizes
+        B, K, L, P, X, *_ = self.sizes
         first = (~going).to(torch.int8).sort(stable=True, dim=1).indices[:, :K]
         open_, sums, parents, tokens, log_probs = (
             t.gather(1, first) for t in (going, sums, parents, tokens, log_probs)
@@ -436,4 +444,5 @@ class _Path:
         """(tokens, S)."""
         assert self.found.attention is not None
         places, rows = zip(*self.at, strict=True)
-        return self.found.attention[list(places), list(rows), :S].clone()
+        with torch.inference_mode(False):  # an ordinary tensor, wherever this is called
+            return self.found.attention[list(places), list(rows), :S].clone()

@@ -43,10 +43,10 @@ class TransformerSteps:
 
     def begin(self, encoded: Encoded) -> None:
         """Take what the encoder left: keys and values of a sentence, once for all its rows."""
-        self.weights.refresh()
         assert encoded.memory is not None
         put(encoded.memory, self.memory)
-        self.lengths.copy_(torch.tensor(list(encoded.lengths)))
+        self.lengths.zero_()
+        self.lengths[: len(encoded.lengths)] = torch.tensor(list(encoded.lengths))
         for layer, own in zip(self.decoder.layers, self.cross, strict=True):
             for to, affine in zip(own, (layer.cross_key, layer.cross_value), strict=True):
                 made = self.weights.affine(affine, self.memory)
