@@ -258,9 +258,9 @@ class _Watch:
                 continue
             prompt = request.prompt
             if any(now[b]):
-                paths = self.search.paths(found, b, len(prompt), last, now[b])
+                paths = found.paths(b, len(prompt), last, now[b])
             else:  # what is returned first
-                best = self.search.hypotheses(found, b, prompt, 1, 0)
+                best = found.hypotheses(b, prompt, 1, 0)
                 paths = [hypothesis.tokens[len(prompt) :] for hypothesis in best]
             sure = _common(paths)
             if len(sure) > self.streamed[b]:
@@ -375,7 +375,7 @@ def drive(
     results: list[list[Hypothesis]] = []
     wanted = 1 if config.draws else config.num_return_sequences
     for b, request in enumerate(requests):
-        own = search.hypotheses(found, b, request.prompt, wanted, shown)
+        own = found.hypotheses(b, request.prompt, wanted, shown)
         if b % draws:
             results[-1] += own
         else:

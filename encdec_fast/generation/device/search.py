@@ -16,13 +16,11 @@ import torch
 from torch import Tensor
 
 from encdec_fast.generation.config import GenerationConfig
+from encdec_fast.generation.device.results import NOTHING, Found
 from encdec_fast.generation.device.scores import Candidates, Rows, Scores
 from encdec_fast.generation.engine import Request
 from encdec_fast.generation.reference import spare
-from encdec_fast.generation.result import Hypothesis
 from encdec_fast.ops import _triton
-
-NOTHING = -1  # in place of a row: nothing was written; in place of a token: none is behind the row
 
 
 class Sizes(NamedTuple):
@@ -55,17 +53,6 @@ class Ended(NamedTuple):
     rows: Tensor
     tokens: Tensor
     log_probs: Tensor
-
-
-class Found(NamedTuple):
-    """A search's state in numbers that Python reads."""
-
-    ended: list[list[list[float]]]  # of each field of Ended: [B][K]
-    stuck: list[list[list[float]]]
-    tokens: list[list[int]]
-    rows: list[list[int]]
-    log_probs: list[list[float]]
-    attention: Tensor | None
 
 
 class Search:
@@ -370,6 +357,7 @@ class Search:
 
         attention = None if self.attention is None else self.attention.cpu()
         return Found(
+            self.sizes.K,
             listed(self.ended),
             listed(self.stuck),
             self.tokens.tolist(),
@@ -377,72 +365,3 @@ class Search:
             self.log_probs.tolist(),
             attention,
         )
-
-    def hypotheses(
-        self, found: Found, b: int, prompt: list[int], count: int, shown: int
-    ) -> list[Hypothesis]:
-        """The best of sentence b; shown: the size of the attention that is returned, or 0."""
-        results: list[Hypothesis] = []
-        for kept in (found.ended, found.stuck):
-            for j in range(self.sizes.K):
-                scores, lengths, rows, tokens, log_probs = (field[b][j] for field in kept)
-                if scores == -math.inf or len(results) == count:
-                    break
-                path = _Path(found, int(lengths), int(rows), int(tokens), log_probs, len(prompt))
-                weights = path.attention(shown) if shown and path.tokens else None
-                results.append(Hypothesis([*prompt, *path.tokens], scores, path.log_probs, weights))
-        return results
-
-    def paths(
-        self, found: Found, b: int, prompt: int, last: int, open_: list[bool]
-    ) -> list[list[int]]:
-        """What every hypothesis of sentence b has written, those that are open up to `last`."""
-        first = b * self.sizes.K
-        paths = [
-            _Path(found, last + 1, first + j, NOTHING, 0.0, prompt).tokens
-            for j, one in enumerate(open_)
-            if one
-        ]
-        for kept in (found.ended, found.stuck):
-            for scores, lengths, rows, tokens, log_probs in zip(
-                *(field[b] for field in kept), strict=True
-            ):
-                if scores > -math.inf:
-                    path = _Path(found, int(lengths), int(rows), int(tokens), log_probs, prompt)
-                    paths.append(path.tokens)
-        return paths
-
-
-class _Path:
-    """What a hypothesis wrote, found from its end."""
-
-    def __init__(
-        self, found: Found, length: int, row: int, token: int, log_prob: float, prompt: int
-    ) -> None:
-        self.found = found
-        self.tokens: list[int] = []
-        self.log_probs: list[float] = []
-        self.at: list[tuple[int, int]] = []  # (place, row) of the step that wrote each
-        if row == NOTHING:
-            return
-        place = length - 1
-        if token != NOTHING:
-            self.tokens.append(token)
-            self.log_probs.append(log_prob)
-            self.at.append((place - 1, row))
-            place -= 1
-        while place >= prompt:
-            self.tokens.append(found.tokens[place][row])
-            self.log_probs.append(found.log_probs[place][row])
-            row = found.rows[place][row]
-            place -= 1
-            self.at.append((place, row))
-        for found_list in (self.tokens, self.log_probs, self.at):
-            found_list.reverse()
-
-    def attention(self, S: int) -> Tensor:
-        """(tokens, S)."""
-        assert self.found.attention is not None
-        places, rows = zip(*self.at, strict=True)
-        with torch.inference_mode(False):  # an ordinary tensor, wherever this is called
-            return self.found.attention[list(places), list(rows), :S].clone()
