@@ -21,6 +21,16 @@ def sigmoid(x):
 
 
 @triton.jit
+def place_at(first, second):
+    """(i, j, b) of a program, i below `first` and j below `second`, i the fastest.
+
+    The first dimension of a grid alone may have more than 65,535 programs.
+    """
+    p = tl.program_id(0)
+    return p % first, p // first % second, (p // first // second).to(tl.int64)
+
+
+@triton.jit
 def length_of(lengths, b, S):
     """How many keys sentence b has; lengths: None, or a pointer to numbers that nobody checked."""
     if lengths is None:

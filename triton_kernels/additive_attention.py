@@ -24,7 +24,7 @@ import torch
 import triton
 import triton.language as tl
 from encdec_fast.triton_kernels._configuration import Configuration
-from encdec_fast.triton_kernels._tiles import dot, length_of, rows_of, tanh
+from encdec_fast.triton_kernels._tiles import dot, length_of, place_at, rows_of, tanh
 from encdec_fast.triton_kernels._tuning import Tile, tile
 from torch import Tensor
 
@@ -67,12 +67,12 @@ def scores_kernel(
     KEYS: tl.constexpr,
     FEATURES: tl.constexpr,
 ):
-    b = tl.program_id(2).to(tl.int64)
+    i, j, b = place_at(tl.cdiv(S, KEYS), tl.cdiv(T, QUERIES))
     n = length_of(lengths, b, S)
-    if tl.program_id(0) * KEYS >= n:
+    if i * KEYS >= n:
         return
-    s = tl.program_id(0) * KEYS + tl.arange(0, KEYS)
-    t = tl.program_id(1) * QUERIES + tl.arange(0, QUERIES)
+    s = i * KEYS + tl.arange(0, KEYS)
+    t = j * QUERIES + tl.arange(0, QUERIES)
     e = tl.zeros((QUERIES, KEYS), tl.float32)
     for a0 in range(0, A, FEATURES):
         a = a0 + tl.arange(0, FEATURES)
@@ -98,10 +98,10 @@ def context_kernel(
     COLUMNS: tl.constexpr,
     INNER: tl.constexpr,
 ):
-    b = tl.program_id(2).to(tl.int64)
+    i, j, b = place_at(tl.maximum(tl.cdiv(D, COLUMNS), 1), tl.cdiv(T, ROWS))
     n = length_of(lengths, b, S)
-    t = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
-    d = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
+    t = j * ROWS + tl.arange(0, ROWS)
+    d = i * COLUMNS + tl.arange(0, COLUMNS)
     row = (b * T + t[:, None]) * S
     most = tl.full((ROWS,), float("-inf"), tl.float32)
     total = tl.zeros((ROWS,), tl.float32)
@@ -120,12 +120,12 @@ def context_kernel(
         e = tl.load(scores + row + s[None, :], inside, float("-inf"))
         w = tl.exp(e - most[:, None]) / total[:, None]
         if weights is not None:
-            if tl.program_id(0) == 0:
+            if i == 0:
                 tl.store(weights + row + s[None, :], w, inside)
         value = rows_of(values + b * S * D, s, n, d, D, D)
         out += dot(w.to(value.dtype), value)
     if weights is not None:
-        if tl.program_id(0) == 0:
+        if i == 0:
             for s0 in range(n // COLUMNS * COLUMNS, S, COLUMNS):
                 s = s0 + tl.arange(0, COLUMNS)
                 padding = (t[:, None] < T) & (s[None, :] >= n) & (s[None, :] < S)
@@ -150,9 +150,9 @@ def score_gradients_kernel(
     INNER: tl.constexpr,
 ):
     """de = w (dw - sum over s of w dw), where dw are the gradients of the weights."""
-    b = tl.program_id(1).to(tl.int64)
+    i, _, b = place_at(tl.cdiv(T, ROWS), 1)
     n = length_of(lengths, b, S)
-    t = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    t = i * ROWS + tl.arange(0, ROWS)
     row = (b * T + t[:, None]) * S
     mean = tl.zeros((ROWS,), tl.float32)
     for s0 in range(0, n, COLUMNS):
@@ -207,10 +207,11 @@ def query_gradients_kernel(
     KEYS: tl.constexpr,
     FEATURES: tl.constexpr,
 ):
-    b = tl.program_id(2).to(tl.int64)
+    blocks = tl.cdiv(T, QUERIES)
+    i, j, b = place_at(tl.cdiv(A, FEATURES), blocks)
     n = length_of(lengths, b, S)
-    t = tl.program_id(1) * QUERIES + tl.arange(0, QUERIES)
-    a = tl.program_id(0) * FEATURES + tl.arange(0, FEATURES)
+    t = j * QUERIES + tl.arange(0, QUERIES)
+    a = i * FEATURES + tl.arange(0, FEATURES)
     of_query = tl.zeros((QUERIES, FEATURES), tl.float32)
     of_v = tl.zeros((FEATURES,), tl.float32)
     for s0 in range(0, n, KEYS):
@@ -220,7 +221,7 @@ def query_gradients_kernel(
         of_v += tl.sum(tl.sum(dv, 1), 0)
     inside = (t[:, None] < T) & (a[None, :] < A)
     tl.store(grad_query + (b * T + t[:, None]) * A + a[None, :], of_query, inside)
-    part = b * tl.num_programs(1) + tl.program_id(1)
+    part = b * blocks + j
     tl.store(grad_v + part * A + a, of_v, a < A)
 
 
@@ -241,12 +242,12 @@ def key_gradients_kernel(
     KEYS: tl.constexpr,
     FEATURES: tl.constexpr,
 ):
-    b = tl.program_id(2).to(tl.int64)
+    i, j, b = place_at(tl.cdiv(A, FEATURES), tl.cdiv(S, KEYS))
     n = length_of(lengths, b, S)
-    s = tl.program_id(1) * KEYS + tl.arange(0, KEYS)
-    a = tl.program_id(0) * FEATURES + tl.arange(0, FEATURES)
+    s = j * KEYS + tl.arange(0, KEYS)
+    a = i * FEATURES + tl.arange(0, FEATURES)
     of_keys = tl.zeros((KEYS, FEATURES), tl.float32)
-    if tl.program_id(1) * KEYS < n:
+    if j * KEYS < n:
         for t0 in range(0, T, QUERIES):
             t = t0 + tl.arange(0, QUERIES)
             dx, _ = _through_tanh(q, k, v, coverage, u, grads, b, t, T, s, n, S, a, A)
@@ -267,10 +268,10 @@ def value_gradients_kernel(
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
-    b = tl.program_id(2).to(tl.int64)
+    i, j, b = place_at(tl.cdiv(D, COLUMNS), tl.cdiv(S, COLUMNS))
     n = length_of(lengths, b, S)
-    s = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
-    d = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
+    s = j * COLUMNS + tl.arange(0, COLUMNS)
+    d = i * COLUMNS + tl.arange(0, COLUMNS)
     out = tl.zeros((COLUMNS, COLUMNS), tl.float32)
     for t0 in range(0, T, ROWS):
         t = t0 + tl.arange(0, ROWS)
@@ -304,12 +305,13 @@ def forward(
         return context, weights
     scores = query.new_empty(B, T, S, dtype=torch.float32)
     tanh_tile, square = _tiles(query.device)
-    grid = (triton.cdiv(S, tanh_tile["KEYS"]), triton.cdiv(T, tanh_tile["QUERIES"]), B)
-    scores_kernel[grid](
+    programs = triton.cdiv(S, tanh_tile["KEYS"]) * triton.cdiv(T, tanh_tile["QUERIES"]) * B
+    scores_kernel[programs,](
         query, keys, score_weight, coverage, coverage_weight, lengths, scores, T, S, A, **tanh_tile
     )
-    grid = (max(1, triton.cdiv(D, square["COLUMNS"])), triton.cdiv(T, square["ROWS"]), B)
-    context_kernel[grid](scores, values, lengths, weights, context, T, S, D, INNER=INNER, **square)
+    programs = max(1, triton.cdiv(D, square["COLUMNS"])) * triton.cdiv(T, square["ROWS"]) * B
+    tensors = (scores, values, lengths, weights, context)
+    context_kernel[programs,](*tensors, T, S, D, INNER=INNER, **square)
     return context, weights
 
 
@@ -335,7 +337,7 @@ def backward(
     if B * T * S * A == 0:
         return grad_query, grad_keys, grad_values, grad_v.sum((0, 1))
     grads = torch.empty_like(weights)
-    score_gradients_kernel[(triton.cdiv(T, square["ROWS"]), B)](
+    score_gradients_kernel[triton.cdiv(T, square["ROWS"]) * B,](
         grad_context,
         grad_weights,
         values,
@@ -350,12 +352,15 @@ def backward(
     )
     shared = (query, keys, score_weight, coverage, coverage_weight, lengths, grads)
     features = triton.cdiv(A, tanh_tile["FEATURES"])
-    query_gradients_kernel[(features, blocks, B)](*shared, grad_query, grad_v, T, S, A, **tanh_tile)
-    grid = (features, triton.cdiv(S, tanh_tile["KEYS"]), B)
-    key_gradients_kernel[grid](*shared, grad_keys, T, S, A, **tanh_tile)
+    query_gradients_kernel[features * blocks * B,](
+        *shared, grad_query, grad_v, T, S, A, **tanh_tile
+    )
+    programs = features * triton.cdiv(S, tanh_tile["KEYS"]) * B
+    key_gradients_kernel[programs,](*shared, grad_keys, T, S, A, **tanh_tile)
     if grad_context is not None and D > 0:
-        grid = (triton.cdiv(D, square["COLUMNS"]), triton.cdiv(S, square["COLUMNS"]), B)
-        value_gradients_kernel[grid](grad_context, weights, lengths, grad_values, T, S, D, **square)
+        programs = triton.cdiv(D, square["COLUMNS"]) * triton.cdiv(S, square["COLUMNS"]) * B
+        tensors = (grad_context, weights, lengths, grad_values)
+        value_gradients_kernel[programs,](*tensors, T, S, D, **square)
     return grad_query, grad_keys, grad_values, grad_v.sum((0, 1))
 
 

@@ -15,7 +15,7 @@ import torch
 import triton
 import triton.language as tl
 from encdec_fast.triton_kernels._configuration import Configuration
-from encdec_fast.triton_kernels._tiles import dot, rows_of, sigmoid, tanh
+from encdec_fast.triton_kernels._tiles import dot, place_at, rows_of, sigmoid, tanh
 from encdec_fast.triton_kernels._tuning import Tile, tile
 from torch import Tensor
 
@@ -41,8 +41,9 @@ def forward_kernel(
     COLUMNS: tl.constexpr,
     INNER: tl.constexpr,
 ):
-    m = tl.program_id(1).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    h = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
+    i, _, j = place_at(tl.cdiv(H, COLUMNS), 1)
+    m = j * ROWS + tl.arange(0, ROWS)
+    h = i * COLUMNS + tl.arange(0, COLUMNS)
     logit = tl.zeros((ROWS, COLUMNS), tl.float32)
     mixed_in = tl.zeros((ROWS, COLUMNS), tl.float32)
     for k0 in range(0, H, INNER):
@@ -109,7 +110,7 @@ def forward(
     found = [torch.empty_like(state) for _ in range(3 if training else 1)]
     if M > 0:
         own = tile("gated_bridge", TILES["gated_bridge"], state.device)
-        grid = (triton.cdiv(H, own["COLUMNS"]), triton.cdiv(M, own["ROWS"]))
+        grid = (triton.cdiv(H, own["COLUMNS"]) * triton.cdiv(M, own["ROWS"]),)
         gate, candidate = found[1:] if training else (None, None)
         tensors = (state, context, gate_weight, context_weight, bias, found[0], gate, candidate)
         inner = _inner(state.dtype != torch.float32)
