@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import pytest
 from conftest import skip_without_triton
 
 CAPABILITIES = ("8.0", "9.0", "10.0", "12.0")
@@ -28,15 +29,20 @@ FAMILIES = {
 }
 
 
-def report(arguments: Sequence[str], cache: Path) -> subprocess.CompletedProcess[str]:
-    return python(["-m", "encdec_fast.triton_kernels.report", *arguments], cache)
+def report(
+    arguments: Sequence[str], cache: Path, **variables: str
+) -> subprocess.CompletedProcess[str]:
+    return python(["-m", "encdec_fast.triton_kernels.report", *arguments], cache, **variables)
 
 
-def python(arguments: Sequence[str], cache: Path) -> subprocess.CompletedProcess[str]:
+def python(
+    arguments: Sequence[str], cache: Path, **variables: str
+) -> subprocess.CompletedProcess[str]:
     """In a process of its own: this one may run the kernels in the interpreter."""
+    own = {"TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(cache), **variables}
     return subprocess.run(
         [sys.executable, *arguments],
-        env={**os.environ, "TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(cache)},
+        env={**os.environ, **own},
         capture_output=True,
         text=True,
         timeout=1800,
@@ -62,6 +68,20 @@ def test_report(tmp_path: Path) -> None:
     assert lines[0].split() == ["kernel", "for", "registers", "spills", "shared", "products"]
     assert len(lines) == 1 + len(usages) // len(CAPABILITIES)
     assert report(["--capability", "1.0"], tmp_path).returncode == 2
+
+
+def test_report_with_the_oldest_triton(tmp_path: Path) -> None:
+    """`make test` has it beside the environment's own, and says where."""
+    where = os.environ.get("ENCDEC_FAST_OLDEST_TRITON")
+    if not where:
+        pytest.skip("ENCDEC_FAST_OLDEST_TRITON names no folder with Triton 3.6")
+    version = python(["-c", "import triton; print(triton.__version__)"], tmp_path, PYTHONPATH=where)
+    assert version.stdout.startswith("3.6.")
+    result = report(["--default", "--json"], tmp_path, PYTHONPATH=where)
+    assert result.returncode in (0, 1), result.stderr
+    usages: list[dict[str, Any]] = json.loads(result.stdout)
+    assert not [one for one in usages if one["problem"]]
+    assert {one["kernel"].split(".")[0] for one in usages} == FAMILIES
 
 
 SIZES_OF_ONE = """
