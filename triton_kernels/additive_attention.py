@@ -150,7 +150,7 @@ def score_gradients_kernel(
     INNER: tl.constexpr,
 ):
     """de = w (dw - sum over s of w dw), where dw are the gradients of the weights."""
-    i, _, b = place_at(tl.cdiv(T, ROWS), 1)
+    b, i = tl.program_id(0).to(tl.int64), tl.program_id(1)
     n = length_of(lengths, b, S)
     t = i * ROWS + tl.arange(0, ROWS)
     row = (b * T + t[:, None]) * S
@@ -337,7 +337,7 @@ def backward(
     if B * T * S * A == 0:
         return grad_query, grad_keys, grad_values, grad_v.sum((0, 1))
     grads = torch.empty_like(weights)
-    score_gradients_kernel[triton.cdiv(T, square["ROWS"]) * B,](
+    score_gradients_kernel[(B, triton.cdiv(T, square["ROWS"]))](
         grad_context,
         grad_weights,
         values,
