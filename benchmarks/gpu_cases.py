@@ -28,7 +28,8 @@ class GpuCase:
 
     peers: by name, functions of the same leaves that give the same results. numbers_moved: of what
     is bound by memory, the numbers that it reads and writes at least. bars: (peer, how many times
-    faster than the fastest whose name begins so) or ("copy", part of a copy's bandwidth). trains:
+    faster than the fastest whose name begins so) or ("copy", part of a copy's bandwidth), or
+    ("<peer> alone", the same where no other peer with that first word takes the call). trains:
     whether it has gradients, which are then part of what is compared and timed.
     """
 
@@ -151,7 +152,7 @@ def _attention(
             )
         }
     said = f"{name}, B={B} H={H} G={G} Tq={Tq} S={S} D={D}"
-    bars = (("SDPA", 0.9),) if peers else ()
+    bars = (("SDPA", 0.9), ("SDPA math alone", 2.0)) if peers else ()
     return GpuCase("attention", said, tuple(shapes), run, peers, bars=bars)
 
 

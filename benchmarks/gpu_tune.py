@@ -47,11 +47,13 @@ def tiles() -> Iterator[tuple[int, str, dict[str, Any]]]:
             yield number, name, default
 
 
-def fitting(family: int, name: str, capability: str) -> list[dict[str, Any]]:
-    """The candidates of a tile none of whose kernels has a problem on this capability."""
+def fitting(family: int, name: str, device: torch.device) -> list[dict[str, Any]]:
+    """The candidates of a tile none of whose kernels has a problem on this device."""
     from encdec_fast.triton_kernels import report
     from encdec_fast.triton_kernels._tuning import candidates
 
+    major, minor = torch.cuda.get_device_capability(device)
+    capability = f"{major}.{minor}"
     places = [place for place in report.candidate_places(family, capability) if place[4] == name]
     known, bad = {place[5] for place in places}, set()
     with multiprocessing.get_context("spawn").Pool() as pool:  # a GPU is in use here: no fork
@@ -84,8 +86,7 @@ def tune(family: int, name: str, default: dict[str, Any], device: torch.device) 
     cases = list(cases_of(name, device))
     if not cases:
         raise RuntimeError("no case of gpu_cases.py uses it")
-    major, minor = torch.cuda.get_device_capability(device) if device.type == "cuda" else (9, 0)
-    others = fitting(family, name, f"{major}.{minor}")
+    others = fitting(family, name, device)
     scores = [0.0] * (1 + len(others))  # the product of times over the default's, as logarithms
     for case, dtype in cases:
         leaves = on(device, DTYPES[dtype], case.leaves(), case.trains)

@@ -82,8 +82,7 @@ def search(
     ]
     first = step(torch.tensor([p[0] for p in prompts]), state)
     S = first[2].shape[1] if need_attention or config.coverage_penalty > 0 else 0
-    sizes = run.sizes_of(requests, config, S, first[0].shape[1])
-    sizes = sizes._replace(kept=need_attention)
+    sizes = run.sizes_of(requests, config, S, first[0].shape[1], kept=need_attention)
     draws = config.num_return_sequences if config.draws else 1
     steps = Steps(step, state, sizes.B * sizes.K, sizes.K, draws, S > 0)
     session = run.Session(Search(config, sizes, torch.device("cpu")), steps)

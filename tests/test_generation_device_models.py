@@ -79,6 +79,9 @@ def test_bfloat16(name: str) -> None:
     pairs = zip(whole, narrow, strict=True)
     same = [a == b for one, two in pairs for a, b in zip(one[0], two[0], strict=False)]
     assert 0.7 * len(same) <= sum(same)
+    # That it had other weights, and not float32's under another name.
+    (own,) = (s for s in sessions_of(model).values() if s.steps.weights.dtype == torch.bfloat16)
+    assert own.steps.weights(model.output.weight).dtype == torch.bfloat16
 
 
 class Strict(TorchDispatchMode):
@@ -246,17 +249,21 @@ def test_a_weight_in_another_ones_place() -> None:
 
 
 @pytest.mark.parametrize("name", FEW)
-def test_autocast(name: str) -> None:
+def test_autocast(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """It is the encoder's; a search has the dtype of its weights, and no session of its own."""
     model, config = made(name)
     model = copy.deepcopy(model)
-    try:
-        with torch.autocast("cpu", torch.bfloat16):
-            found = generate(model, SENTENCES, config)
-    except RuntimeError as error:  # where the encoder alone does not run
-        pytest.skip(str(error).splitlines()[0])
-    assert all(h.log_probs for each in found.hypotheses for h in each)
-    generate(model, SENTENCES, config)
+    encode = type(model).generation_encode
+
+    def plain(*args: Any) -> Any:  # not all of torch's encoder layers run under autocast
+        with torch.autocast("cpu", enabled=False):
+            return encode(*args)
+
+    monkeypatch.setattr(type(model), "generation_encode", plain)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = generate(model, SENTENCES, config)
+    expected = generate(model, SENTENCES, config)
+    assert tokens_of(found) == tokens_of(expected) and torch.equal(found.scores, expected.scores)
     assert len(sessions_of(model)) == 1
 
 
@@ -293,7 +300,8 @@ def test_captures(
     for _ in range(4):
         assert tokens_of(generate(model, SENTENCES, config)) == expected
         counts.append(len(recorded))
-    assert counts in ([0, 1, 1, 1], [1, 1, 1, 1])
+    # Some sentence goes on to the limit: the last step of the first call is the dozenth.
+    assert counts == [1, 1, 1, 1]
     (session,) = sessions_of(model).values()
     assert (session.replay is None) == fails and session.taken >= run.EAGER
     assert ("could not be captured" in caplog.text) == fails

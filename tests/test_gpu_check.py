@@ -97,6 +97,25 @@ def test_speed(check: Callable[..., int], monkeypatch: pytest.MonkeyPatch, tmp_p
         assert set(line["bars"]) == {"over torch", "of the bandwidth of a copy"}
 
 
+@pytest.mark.parametrize("others", [False, True])
+def test_a_bar_of_what_is_left(
+    others: bool, check: Callable[..., int], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Over the slow path twice the speed is asked where no fast one takes the call."""
+
+    def refuses(x: Tensor) -> Tensor:
+        raise RuntimeError("no kernel found")
+
+    peers = {"SDPA math": lambda x: x * 2, "SDPA flash": (lambda x: x + x) if others else refuses}
+    bars = (("SDPA", 0.9), ("SDPA math alone", 2.0))
+    case = small(lambda x: x * 2, (40, 30), peers=peers, bars=bars)
+    monkeypatch.setattr(gpu_check, "speed_cases", lambda: [case])
+    check("--part", "speed", "--save", "alone")
+    for line in json.loads((tmp_path / "alone.json").read_text())["lines"]:
+        assert ("over SDPA math" in line["bars"]) != others
+        assert line["bars"]["over SDPA"][0] == 0.9
+
+
 def test_nothing_is_timed_that_is_wrong(
     check: Callable[..., int], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

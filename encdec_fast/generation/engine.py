@@ -71,7 +71,7 @@ class _Packed:
             return None
         tokens = config.__dict__.get("_shortlist")
         if tokens is None:
-            tokens = tuple(sorted(set(_tokens(config.vocabulary))))
+            tokens = tuple(sorted(set(listed(config.vocabulary))))
             object.__setattr__(config, "_shortlist", tokens)
         with _lock.current:
             found = self.shortlists.pop(tokens, None) or self._pack_shortlist(decoder, tokens)
@@ -142,7 +142,7 @@ def options_of(config: GenerationConfig) -> Any:
     return found
 
 
-def _tokens(value: Any) -> list[int]:
+def listed(value: Any) -> list[int]:
     return [] if value is None else [value] if isinstance(value, int) else list(value)
 
 
@@ -169,12 +169,12 @@ def _as_dict(config: GenerationConfig) -> dict[str, Any]:
         "no_repeat_ngram": config.no_repeat_ngram_size,
         "prefix_bias": config.prefix_bias or 0.0,
         "bad_words": [list(word) for word in config.bad_words_ids or ()],
-        "suppressed": _tokens(config.suppress_tokens),
-        "begin_suppressed": _tokens(config.begin_suppress_tokens),
-        "forced_bos": _tokens(config.forced_bos_token_id),
-        "forced_eos": _tokens(config.forced_eos_token_id),
-        "eos": _tokens(config.eos_token_id),
-        "vocabulary": _tokens(config.vocabulary),
+        "suppressed": listed(config.suppress_tokens),
+        "begin_suppressed": listed(config.begin_suppress_tokens),
+        "forced_bos": listed(config.forced_bos_token_id),
+        "forced_eos": listed(config.forced_eos_token_id),
+        "eos": listed(config.eos_token_id),
+        "vocabulary": listed(config.vocabulary),
     }
 
 

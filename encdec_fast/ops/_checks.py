@@ -125,12 +125,17 @@ def complain(
     raise RuntimeError(f"{name}: h0 and c0 must both be given, or neither")
 
 
+def checks_asked() -> bool:
+    """Whether ENCDEC_FAST_CHECK=1 asks to look at values that lie on a GPU."""
+    return os.environ.get("ENCDEC_FAST_CHECK") == "1"
+
+
 def check_device_values(tensor: Tensor) -> bool:
     """Whether to look at what a tensor holds: on a GPU that waits for it, so only where asked for.
 
     ENCDEC_FAST_CHECK=1 asks for it.
     """
-    return tensor.device.type == "cpu" or os.environ.get("ENCDEC_FAST_CHECK") == "1"
+    return tensor.device.type == "cpu" or checks_asked()
 
 
 def check_batch_sizes(batch_sizes: Tensor, rows: int) -> None:

@@ -35,6 +35,7 @@ Luong, Pham and Manning, Effective Approaches to Attention-based Neural Machine 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cache
 from typing import Any, NamedTuple
 
 import torch
@@ -248,7 +249,7 @@ def _steps(call: DecoderCall, *tensors: Any) -> tuple[Tensor, Tensor, Tensor]:
     input, h, c, fed, keys, values, w_ih, w_hh, b_ih, b_hh, query_weight, score, lengths = tensors
     lengths = None if lengths is None else lengths.to(input.device)
     biases = () if b_ih is None else (b_ih, b_hh)
-    outputs, weights = [], []
+    outputs, weights, need = [], [], call.need_weights
     for t in range(input.shape[1]):
         x = torch.cat([input[:, t], fed], dim=1)
         if call.cell == "lstm":
@@ -258,21 +259,29 @@ def _steps(call: DecoderCall, *tensors: Any) -> tuple[Tensor, Tensor, Tensor]:
         query = (h if query_weight is None else F.linear(h, query_weight)).unsqueeze(1)
         if score is None:
             heads = [tensor.unsqueeze(1) for tensor in (query, keys, values)]
-            found, weight = attention(
-                *heads, memory_lengths=lengths, scale=call.scale, need_weights=True
-            )
-            found, weight = found[:, 0], weight[:, 0]
+            options: dict[str, Any] = {
+                "memory_lengths": lengths,
+                "scale": call.scale,
+                "need_weights": need,
+            }
+            found = attention(*heads, **options)
+            parts = [part[:, 0] for part in found] if need else [found[:, 0]]
         else:
-            found, weight = additive_attention(query, keys, values, score, lengths, True)
-        fed = found[:, 0]
+            found = additive_attention(query, keys, values, score, lengths, need)
+            parts = list(found) if need else [found]
+        fed = parts[0][:, 0]
         outputs.append(torch.cat([h, fed], dim=1))
-        weights.append(weight[:, 0].to(h.dtype))
+        if need:
+            weights.append(parts[1][:, 0].to(h.dtype))
     c_n = h.new_empty(h.shape[0], 0) if c is None else c
-    shown = torch.stack(weights, dim=1) if call.need_weights else h.new_empty(0)
+    shown = torch.stack(weights, dim=1) if need else h.new_empty(0)
     return torch.stack(outputs, dim=1), c_n, shown
 
 
-_REPLAYS: list[Any] = []  # the graphs of whole calls; made when Triton is there
+@cache
+def _replays() -> Any:
+    """The graphs of whole calls."""
+    return _triton.kernels("_replay").Replays()
 
 
 def _captures(call: DecoderCall, tensor: Tensor) -> bool:
@@ -282,11 +291,9 @@ def _captures(call: DecoderCall, tensor: Tensor) -> bool:
 
 def _triton_run(call: DecoderCall, *tensors: Any) -> tuple[Tensor, ...]:
     first = tensors[0]
-    results = [t.contiguous() for t in _fake(call, *tensors)]
+    results = _fake(call, *tensors)
     if not _captures(call, first):
         return *_steps(call, *tensors), *results[3:]
-    if not _REPLAYS:
-        _REPLAYS.append(_triton.kernels("_replay").Replays())
     given = [None if t is None else t.to(first.device) for t in tensors]
 
     def launch(own: Sequence[Any]) -> None:
@@ -297,8 +304,8 @@ def _triton_run(call: DecoderCall, *tensors: Any) -> tuple[Tensor, ...]:
     kind = (call, requested_backend())
     read, written = places[: len(given)], places[len(given) :]
     with torch.cuda.device_of(first):
-        _REPLAYS[0].run(kind, [*given, *results], read, written, launch)
-    return tuple(results)
+        _replays().run(kind, [*given, *results], read, written, launch)
+    return results
 
 
 def _triton_backward(

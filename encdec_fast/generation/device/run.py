@@ -1,4 +1,4 @@
-"""Searches on the device: the first step runs as it is, then a graph of it is replayed.
+"""Searches on the device: the first steps run as they are, then a graph of one is replayed.
 
 The host looks at the results every few steps. What a search needs on the device, a session, is kept
 with its graph for the next call of the same sizes.
@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import itertools
 import logging
-import os
 import time
 import weakref
 from collections import OrderedDict
@@ -36,7 +35,8 @@ from encdec_fast.generation.engine import (
 )
 from encdec_fast.generation.result import Hypothesis
 from encdec_fast.ops import _triton
-from encdec_fast.ops._call import without_autocast as _plain
+from encdec_fast.ops._call import without_autocast
+from encdec_fast.ops._checks import checks_asked
 
 STEPS = 8  # between two looks of the host
 EAGER = 12  # steps of a session before it is captured: what comes once is hardly worth a graph
@@ -63,7 +63,7 @@ class Session:
     def __init__(self, search: Search, steps: Any) -> None:
         self.search, self.steps = search, steps
         # Where tensors' values are checked, they are read, which a capture does not allow.
-        self.captures = search.device.type == "cuda" and not _checks()
+        self.captures = search.device.type == "cuda" and not checks_asked()
         self.replay: Callable[[], None] | None = None
         self.taken = 0  # steps that ran as they are
         self.prepared = 0.0  # seconds in which kernels were compiled, or the graph was made
@@ -122,10 +122,6 @@ def release(model: Any) -> None:
             _kept.pop(own, None)
 
 
-def _checks() -> bool:
-    return os.environ.get("ENCDEC_FAST_CHECK") == "1"
-
-
 def _session(
     owner: Any,
     decoder: Decoder,
@@ -139,7 +135,7 @@ def _session(
     own = (places, repr(parts_of(decoder).settings), dtype)
     options = repr(astuple(config.replace(seed=None, max_time=None, max_batch_tokens=None)))
     # What else the launches depend on.
-    around = requested_backend(), _checks(), torch.get_float32_matmul_precision()
+    around = requested_backend(), checks_asked(), torch.get_float32_matmul_precision()
     key = (own, options, sizes, S, around)
     with _lock.current:
         kept = _kept.setdefault(owner, _Kept())
@@ -238,10 +234,9 @@ class _Watch:
 
     def look(self) -> bool:
         """Whether any hypothesis is open. RuntimeError where scores are no numbers."""
-        failed = int(self.search.failed)
+        failed, now = self.search.state(len(self.requests))
         if failed:
             raise RuntimeError(f"the decoder's scores of token {failed} are NaN or infinite")
-        now: list[list[bool]] = self.search.open[: len(self.requests)].tolist()
         if self.written is not None:
             self._stream(now)
         for b, rows in enumerate(now):
@@ -252,7 +247,7 @@ class _Watch:
         return any(self.open)
 
     def _stream(self, now: list[list[bool]]) -> None:
-        found, last = self.search.read(), int(self.search.position[0])
+        found, last = self.search.read(with_attention=False), int(self.search.position[0])
         for b, request in enumerate(self.requests):
             if not self.open[b]:
                 continue
@@ -289,10 +284,11 @@ def run(
     shown = 0 if encoded.memory is None else encoded.memory.shape[1]
     S = _padded_source(decoder, shown)
     attends = decoder.attends and (need_attention or config.coverage_penalty > 0)
-    sizes = sizes_of(requests, config, S if attends else 0, decoder.output.weight.shape[0])
-    sizes = sizes._replace(kept=need_attention and attends)
+    V = decoder.output.weight.shape[0]
+    sizes = sizes_of(requests, config, S if attends else 0, V, kept=need_attention and attends)
     device = decoder.output.weight.device
-    with torch.cuda.device_of(decoder.output.weight), torch.no_grad(), _plain(device.type):
+    here = torch.cuda.device_of(decoder.output.weight)
+    with here, torch.no_grad(), without_autocast(device.type):
         key, session = _session(owner, decoder, config, sizes, S, DTYPES[weight_dtype])
         # Another description may have the same tensors' memory, and other tensors.
         session.steps.decoder = decoder
@@ -313,7 +309,9 @@ def run(
     return results
 
 
-def sizes_of(requests: Sequence[Request], config: GenerationConfig, S: int, V: int) -> Sizes:
+def sizes_of(
+    requests: Sequence[Request], config: GenerationConfig, S: int, V: int, *, kept: bool
+) -> Sizes:
     """Of a search for these, with some room; S: of the attention that is looked at, or 0."""
     B = len(requests) * _draws(config)
     soft = config.prefix_bias is not None
@@ -326,6 +324,7 @@ def sizes_of(requests: Sequence[Request], config: GenerationConfig, S: int, V: i
         _rounded(longest, 8),
         S,
         V,
+        kept,
     )
 
 
@@ -361,16 +360,20 @@ def drive(
     search.begin(requests, encoded.lengths, seed)
     watch = _Watch(search, requests, draws, finished, written)
     each = 1 if written is not None else STEPS
-    while steps < most - 1:
+    looked = False  # since the last step
+    going = True
+    while going and steps < most - 1:
         spent = time.perf_counter() - began - session.prepared
         if not late and config.max_time and spent > config.max_time:
             late = True
             search.late.fill_(True)
         session.take()
         steps += 1
-        if (steps % each == 0 or late) and not watch.look():
-            break
-    watch.look()
+        looked = steps % each == 0 or late
+        if looked:
+            going = watch.look()
+    if not looked:
+        watch.look()
     found = search.read()
     results: list[list[Hypothesis]] = []
     wanted = 1 if config.draws else config.num_return_sequences

@@ -6,14 +6,16 @@ device, and nothing is read back: a step can be captured in a CUDA graph.
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from encdec_fast.generation.config import GenerationConfig
+from encdec_fast.generation.engine import listed
 from encdec_fast.generation.reference import spare
 from encdec_fast.ops._dropout import philox
 from encdec_fast.ops.log_softmax_topk import log_softmax_topk
@@ -50,8 +52,12 @@ class Candidates(NamedTuple):
     healthy: Tensor
 
 
-def _listed(value: int | Sequence[int] | None) -> list[int]:
-    return [] if value is None else [value] if isinstance(value, int) else list(value)
+class Forced(NamedTuple):
+    """Tokens that are certain: as candidates (k), their log probabilities, and the scores (V)."""
+
+    tokens: Tensor
+    log_probs: Tensor
+    row: Tensor
 
 
 class Scores:
@@ -74,20 +80,22 @@ class Scores:
             # An end token alone is none; a word longer than any target is never written.
             if (len(word) > 1 or word[0] not in config.end_tokens) and len(word) <= L
         ]
-        self.suppressed = self._tokens(config.suppress_tokens or ())
-        self.begin_suppressed = self._tokens(config.begin_suppress_tokens or ())
+        # Made once: a step only says where they count.
+        self.suppressed = self._mask(config.suppress_tokens or ())
+        self.begin_suppressed = self._mask(config.begin_suppress_tokens or ())
+        early = config.min_length or config.min_new_tokens
+        self.early_ends = self._mask(config.end_tokens if early else ())
         self.outside: Tensor | None = None
         if config.vocabulary is not None:
-            self.outside = torch.ones(V, dtype=torch.bool, device=device)
-            self.outside[self._tokens(config.vocabulary)] = False
-        self.soft = soft and config.prefix_bias is not None
+            self.outside = self._mask(set(range(V)) - set(config.vocabulary))
+        self.soft = soft
         self.reads = bool(
             config.repetition_penalty != 1 or config.no_repeat_ngram_size or self.words
         )
         self.edits = config.do_sample or self.soft or config.repetition_penalty != 1
         self.word_tokens = [self._tokens(word) for word in self.words]
         self._forced = {
-            (name, at_begin): self._possible(_listed(getattr(config, name)), at_begin)
+            (name, at_begin): self._certain(listed(getattr(config, name)), at_begin)
             for name in ("forced_bos_token_id", "forced_eos_token_id")
             for at_begin in (False, True)
             if getattr(config, name) is not None
@@ -97,8 +105,17 @@ class Scores:
         found = [token for token in tokens if token < self.V]
         return torch.tensor(found, dtype=torch.int64, device=self.device)
 
-    def _possible(self, forced: list[int], at_begin: bool) -> Tensor:
-        """Of forced tokens those that nothing forbids, in the order of candidates."""
+    def _mask(self, tokens: Iterable[int]) -> Tensor | None:
+        """(1, V): True at these; None where there are none."""
+        places = self._tokens(tokens)
+        if not places.numel():
+            return None
+        return torch.zeros(1, self.V, dtype=torch.bool, device=self.device).index_fill(
+            1, places, True
+        )
+
+    def _certain(self, forced: list[int], at_begin: bool) -> Forced:
+        """Of forced tokens those that nothing forbids."""
         config = self.config
         forbidden = set(config.suppress_tokens or ())
         if at_begin:
@@ -106,7 +123,15 @@ class Scores:
         left = [t for t in forced if t not in forbidden]
         if config.vocabulary is not None:
             left = [t for t in left if t in set(config.vocabulary)]
-        return self._tokens(sorted(set(left)))
+        certain = self._tokens(sorted(set(left)))
+        k = min(self.kept, certain.numel())
+        each = 0.0 if self.beams else -math.log(max(1, certain.numel()))
+        log_probs = torch.full((self.kept,), -math.inf, device=self.device)
+        log_probs[:k] = each
+        tokens = torch.zeros(self.kept, dtype=torch.int64, device=self.device)
+        tokens[:k] = certain[:k]
+        row = torch.full((self.V,), -math.inf, device=self.device)
+        return Forced(tokens, log_probs, row.index_fill(0, certain, 0.0))
 
     def begin(self, rows: Rows) -> Tensor:
         """(B): the length at which begin_suppress_tokens applies, behind a forced first token."""
@@ -117,22 +142,16 @@ class Scores:
     def _forbidden(self, rows: Rows) -> Tensor | None:
         """(1, V), (B, V) or (R, V): tokens that may not follow; None where all may."""
         config = self.config
-        mask: Tensor | None = None
-        if self.suppressed.numel():
-            mask = torch.zeros(1, self.V, dtype=torch.bool, device=self.device)
-            mask = mask.index_fill(1, self.suppressed, True)
-        least = rows.prompts + config.min_new_tokens
-        if not config.min_new_tokens:
-            least = torch.full_like(rows.prompts, config.min_length)
-        for tokens, now in (
-            (self.ends, rows.length < least),
-            (self.begin_suppressed, rows.length == self.begin(rows)),
-        ):
-            wanted = tokens is not self.ends or config.min_length or config.min_new_tokens
-            if tokens.numel() and wanted:
-                own = torch.zeros(1, self.V, dtype=torch.bool, device=self.device)
-                own = own.index_fill(1, tokens, True) & now.unsqueeze(1)  # (B, V)
-                mask = own if mask is None else mask | own
+        masks = [] if self.suppressed is None else [self.suppressed]
+        if self.early_ends is not None:
+            least = rows.prompts + config.min_new_tokens
+            if not config.min_new_tokens:
+                least = torch.full_like(rows.prompts, config.min_length)
+            masks.append(self.early_ends & (rows.length < least).unsqueeze(1))  # (B, V)
+        if self.begin_suppressed is not None:
+            now = rows.length == self.begin(rows)
+            masks.append(self.begin_suppressed & now.unsqueeze(1))
+        mask = functools.reduce(torch.logical_or, masks) if masks else None
         if rows.history is None or not (config.no_repeat_ngram_size or self.words):
             return mask
         R = rows.history.shape[0]
@@ -168,16 +187,18 @@ class Scores:
             found = found & (rows.history.index_select(1, places) == start).all(1)
         return found
 
-    def _forced_now(self, rows: Rows) -> list[tuple[Tensor, Tensor]]:
-        """(tokens, where (B)) of what is certain at this step; a later one goes before."""
+    def _forced_now(self, rows: Rows, K: int) -> list[tuple[Forced, Tensor]]:
+        """(what is certain at this step, where (R, 1)); a later one goes before."""
+        if not self._forced:
+            return []
         at_begin = rows.length == self.begin(rows)
         when = {
             "forced_bos_token_id": (rows.length == 1).expand_as(at_begin),
             "forced_eos_token_id": rows.length == rows.limits - 1,
         }
         return [
-            (tokens, when[name] & (at_begin == begin))
-            for (name, begin), tokens in self._forced.items()
+            (certain, (when[name] & (at_begin == begin)).repeat_interleave(K).unsqueeze(1))
+            for (name, begin), certain in self._forced.items()
         ]
 
     def find(self, logits: Tensor, rows: Rows) -> Candidates:
@@ -187,23 +208,16 @@ class Scores:
         return self._edited(logits, rows) if self.edits else self._plain(logits, rows)
 
     def _plain(self, logits: Tensor, rows: Rows) -> Candidates:
-        R, K = logits.shape[0], logits.shape[0] // rows.prompts.shape[0]
+        K = logits.shape[0] // rows.prompts.shape[0]
         # Beams rank by the model's own distribution; a single row is normalised last.
         found = log_softmax_topk(
             logits, self.kept, self._forbidden(rows), renormalize=not self.beams
         )
         values, tokens, log_sums = found
         healthy = ~log_sums.isnan()
-        for certain, now in self._forced_now(rows):
-            k = min(self.kept, certain.numel())
-            each = 0.0 if self.beams else -math.log(max(1, certain.numel()))
-            own = torch.full((self.kept,), -math.inf, device=self.device)
-            own[:k].fill_(each)
-            places = torch.zeros(self.kept, dtype=torch.int64, device=self.device)
-            places[:k].copy_(certain[:k])
-            here = now.repeat_interleave(K, output_size=R).unsqueeze(1)
-            values = torch.where(here, own.to(values.dtype), values)
-            tokens = torch.where(here, places, tokens)
+        for certain, here in self._forced_now(rows, K):
+            values = torch.where(here, certain.log_probs, values)
+            tokens = torch.where(here, certain.tokens, tokens)
             healthy = healthy | here.squeeze(1)
         values = values.masked_fill(values.isnan(), -math.inf)
         return Candidates(values, values, tokens, healthy)
@@ -222,11 +236,8 @@ class Scores:
         if mask is not None:
             many = mask.repeat_interleave(R // mask.shape[0], 0)
             scores = scores.masked_fill(many, -math.inf)
-        for certain, now in self._forced_now(rows):
-            own = torch.full((self.V,), -math.inf, device=self.device)
-            own = own.index_fill(0, certain, 0.0)
-            here = now.repeat_interleave(K, output_size=R).unsqueeze(1)
-            scores = torch.where(here, own, scores)
+        for certain, here in self._forced_now(rows, K):
+            scores = torch.where(here, certain.row, scores)
             healthy = healthy | here.squeeze(1)
         if config.do_sample:
             scores = self._warped(scores)

@@ -38,7 +38,7 @@ class Sizes(NamedTuple):
     X: int
     S: int
     V: int
-    kept: bool = False
+    kept: bool
 
 
 class Ended(NamedTuple):
@@ -111,7 +111,8 @@ class Search:
         _, K, _, P, X, *_ = self.sizes
         B = len(requests)
         for name, tensor in vars(self).items():
-            if isinstance(tensor, Tensor) and name not in ("places", "settings"):
+            # Of the attention nothing is read that was not written; it may be large.
+            if isinstance(tensor, Tensor) and name not in ("places", "settings", "attention"):
                 tensor.zero_()
         for kept in (self.ended, self.stuck):
             for field in kept:
@@ -349,13 +350,24 @@ class Search:
             written = length + 1 - self.lengths
         return missing | (best / self._factor(written).unsqueeze(1) > worst)
 
-    def read(self) -> Found:
-        """Everything that results are made of, on the host."""
+    def state(self, count: int) -> tuple[int, list[list[bool]]]:
+        """(the token whose scores are no numbers, or 0; which rows are open) of `count` sentences.
+
+        In one transfer, which waits for the device.
+        """
+        both = torch.cat([self.failed, self.open[:count].flatten().long()]).tolist()
+        K = self.sizes.K
+        return both[0], [[bool(n) for n in both[1 + b * K : 1 + (b + 1) * K]] for b in range(count)]
+
+    def read(self, with_attention: bool = True) -> Found:
+        """What results are made of, on the host."""
 
         def listed(ended: Ended) -> list[list[list[float]]]:
             return [field.tolist() for field in ended]
 
-        attention = None if self.attention is None else self.attention.cpu()
+        attention = None
+        if with_attention and self.attention is not None:
+            attention = self.attention.cpu()
         return Found(
             self.sizes.K,
             listed(self.ended),
