@@ -35,7 +35,7 @@ PIP := $(PY) -m pip --disable-pip-version-check install --quiet
 CMAKE_DIR = build/cmake-$(shell $(PY) -c 'import sys; print(sys.implementation.cache_tag)')
 BUILD_INPUTS := CMakeLists.txt setup.py pyproject.toml encdec_fast/_version.py \
                 $(shell find cmake csrc 2> /dev/null)
-CPP_FILES = $(shell find csrc tests/cpp -name '*.h' -o -name '*.cpp' -o -name '*.cu')
+CPP_FILES = $(shell find csrc tests/cpp -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 # The allocator keeps its pages, for every contender: the harder condition for this library.
 BENCH_ENV := MALLOC_MMAP_THRESHOLD_=8589934592 MALLOC_TRIM_THRESHOLD_=17179869184 \
              MALLOC_TOP_PAD_=268435456
@@ -50,7 +50,7 @@ demo: $(STAMPS)/built $(STAMPS)/req-demo $(STAMPS)/req-demo-data ## Pronounce WO
 
 .PHONY: test
 test: $(STAMPS)/built $(STAMPS)/req-test $(STAMPS)/req-demo-data $(STAMPS)/qemu $(STAMPS)/triton-oldest/.done ## Run the C++ and Python tests, in several processes (PYTEST_ARGS="-n 0 ...": in one)
-	flock $(CMAKE_DIR)/lock cmake --build $(CMAKE_DIR) --target cpp_tests
+	flock $(CMAKE_DIR)/lock cmake --build $(CMAKE_DIR) --target cpp_tests cuda_kernels
 	ctest --test-dir $(CMAKE_DIR) --output-on-failure
 	ENCDEC_FAST_REQUIRE_NATIVE=1 ENCDEC_FAST_OLDEST_TRITON=$(abspath $(STAMPS)/triton-oldest) \
 	    $(PY) -m pytest -n auto --maxprocesses 4 $(PYTEST_ARGS)

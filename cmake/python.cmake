@@ -1,15 +1,4 @@
 # What Python loads: _C, and the ops that register themselves with torch.
-find_package(Python 3.10 REQUIRED COMPONENTS Interpreter Development.Module)
-
-# Asks the Python found where one of its packages lies, without importing it.
-function(encdec_package_dir package result)
-  execute_process(
-    COMMAND ${Python_EXECUTABLE} -c "import importlib.util as u; \
-s = u.find_spec('${package}'); print(s.submodule_search_locations[0] if s else '')"
-    OUTPUT_VARIABLE dir OUTPUT_STRIP_TRAILING_WHITESPACE)
-  set(${result} "${dir}" PARENT_SCOPE)
-endfunction()
-
 set(PYBIND11_FINDPYTHON ON)
 encdec_package_dir(pybind11 pybind11_package)
 find_package(pybind11 2.13 CONFIG REQUIRED HINTS ${pybind11_package}/share/cmake/pybind11)
@@ -31,12 +20,9 @@ install(TARGETS encdec_core LIBRARY DESTINATION lib)
 install(TARGETS _C LIBRARY DESTINATION .)
 
 file(GLOB binding_sources CONFIGURE_DEPENDS ${CMAKE_SOURCE_DIR}/csrc/*/*_binding.cpp)
+list(FILTER binding_sources EXCLUDE REGEX "_cuda_binding\\.cpp$")
 if(binding_sources)
-  set(torch_dir "${ENCDEC_TORCH_DIR}")
-  if(NOT torch_dir)
-    encdec_package_dir(torch torch_dir)
-  endif()
-  if(NOT EXISTS "${torch_dir}/include/torch/csrc/stable/library.h")
+  if(NOT EXISTS "${ENCDEC_TORCH}/include/torch/csrc/stable/library.h")
     message(FATAL_ERROR
       "The ops of encdec_fast are compiled against torch >= 2.10 (any later one can load them), and "
       "${Python_EXECUTABLE} has none. Install torch there and build with "
@@ -44,14 +30,8 @@ if(binding_sources)
       "The core alone needs no torch: -DENCDEC_BUILD_PYTHON=OFF.")
   endif()
   add_library(encdec_ops SHARED ${binding_sources})
-  target_include_directories(encdec_ops SYSTEM PRIVATE ${torch_dir}/include)
-  # The oldest torch whose stable ABI the ops may use.
-  target_compile_definitions(encdec_ops PRIVATE TORCH_TARGET_VERSION=0x020a000000000000)
+  encdec_torch_library(encdec_ops)
   target_compile_options(encdec_ops PRIVATE -fvisibility=hidden)
-  # torch is loaded before this library, so its SONAMEs are enough: no path to it is stored.
-  target_link_libraries(encdec_ops PRIVATE encdec_core ${torch_dir}/lib/libtorch.so
-                        ${torch_dir}/lib/libtorch_cpu.so ${torch_dir}/lib/libc10.so)
-  target_link_options(encdec_ops PRIVATE -Wl,--as-needed -Wl,-z,defs)
-  set_target_properties(encdec_ops PROPERTIES BUILD_WITH_INSTALL_RPATH ON INSTALL_RPATH "$ORIGIN")
+  target_link_options(encdec_ops PRIVATE -Wl,-z,defs)
   install(TARGETS encdec_ops LIBRARY DESTINATION lib)
 endif()

@@ -8,6 +8,7 @@ class BuildInfo(TypedDict):
     compiler: str
     flags: str
     cuda: bool
+    cuda_version: str
 
 class CpuInfo(TypedDict):
     model: str
@@ -35,6 +36,18 @@ def rnn_plan(
     format: str,
     threads: int,
 ) -> str: ...
+def rnn_gpu_plan(
+    cell: int,
+    format: str,
+    backward: bool,
+    batch: int,
+    hidden_size: int,
+    directions: int,
+    capability: int,
+    processors: int,
+    shared_bytes: int,
+    cluster: int,
+) -> tuple[list[int], int, str]: ...
 
 # The generation engine (csrc/python/generation.cpp). A matrix: (address, dtype, rows, columns,
 # elements from row to row).

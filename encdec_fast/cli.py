@@ -131,7 +131,9 @@ def _sections(facts: Facts) -> list[tuple[str, Rows]]:
     versions: Rows = [(name, value or "not installed") for name, value in facts.versions.items()]
     if facts.build is not None:
         versions.append(("built with", facts.build["compiler"]))
-        versions.append(("CUDA kernels", "yes" if facts.build["cuda"] else "no"))
+        versions.append(
+            ("CUDA kernels", f"yes, for {library.needed_driver()}" if facts.build["cuda"] else "no")
+        )
     cpu: Rows = [
         ("model", facts.cpu["model"]),
         ("features", " ".join(facts.cpu["features"]) or "none that matter here"),

@@ -4,12 +4,20 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import sys
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
 
-from encdec_fast.backends import library, use_backend
+# CUDA kernels run on tensors of the CPU (tests/cpp/gpu_on_cpu.h), where that was built.
+_BUILD = Path(__file__).resolve().parents[1] / f"build/cmake-{sys.implementation.cache_tag}"
+CUDA_ON_CPU = _BUILD / "tests/cpp/libencdec_ops_cuda_on_cpu.so"
+if not torch.cuda.is_available() and CUDA_ON_CPU.exists():
+    os.environ.setdefault("ENCDEC_FAST_CUDA_ON_CPU", str(CUDA_ON_CPU))
+
+from encdec_fast.backends import library, use_backend  # noqa: E402
 
 # Triton's kernels run in its interpreter, on tensors of the CPU; Triton reads this when imported.
 if not torch.cuda.is_available():
@@ -24,8 +32,7 @@ REQUIRE_NATIVE = bool(os.environ.get("ENCDEC_FAST_REQUIRE_NATIVE"))
 @pytest.fixture(params=["cpu", "triton"])
 def kernels(request: pytest.FixtureRequest) -> Iterator[str]:
     """This package's own kernels, for ops that have both: the whole test runs on them."""
-    name: str = request.param
-    request.getfixturevalue({"cpu": "native", "triton": "interpreter"}[name])
+    name = provided(request)
     with use_backend(name):
         yield name
 
@@ -42,10 +49,25 @@ def other_backend(request: pytest.FixtureRequest) -> str:
 @pytest.fixture(params=["cpu", "triton", "torch", "reference"])
 def backend(request: pytest.FixtureRequest) -> str:
     """Every backend of an op that has all of them."""
+    return provided(request)
+
+
+def provided(request: pytest.FixtureRequest) -> str:
+    """The name of a backend that is a fixture's parameter, with what it needs."""
+    needs = {"cuda": "cuda_kernels", "cpu": "native", "triton": "interpreter"}
     name: str = request.param
-    if name in ("cpu", "triton"):
-        request.getfixturevalue({"cpu": "native", "triton": "interpreter"}[name])
+    if name in needs:
+        request.getfixturevalue(needs[name])
     return name
+
+
+@pytest.fixture
+def cuda_kernels() -> None:
+    """For tests of CUDA kernels, on a GPU or on the CPU."""
+    reasons = library.cuda_reasons("cuda" if torch.cuda.is_available() else "cpu", True)
+    if reasons and not REQUIRE_NATIVE:
+        pytest.skip(f"{reasons[0]}; `make test` builds what runs CUDA kernels on the CPU")
+    assert not reasons, reasons[0]
 
 
 @pytest.fixture

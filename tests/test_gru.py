@@ -5,13 +5,18 @@ from __future__ import annotations
 import pytest
 import recurrent_checks as checks
 import torch
-from conftest import skip_without_native
+from conftest import provided, skip_without_native
 from helpers import CASES, Case
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 RAGGED = ["", "lengths", "packed"]
+
+
+@pytest.fixture(params=["cuda", "cpu", "triton", "torch", "reference"])
+def backend(request: pytest.FixtureRequest) -> str:
+    return provided(request)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import recurrent_checks as checks
 import torch
-from conftest import skip_without_native
+from conftest import provided, skip_without_native
 from helpers import CASES, PROJECTED, Case, call, make_data, make_modules, poison
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -19,10 +19,15 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 RAGGED = ["", "lengths", "packed"]
 
 
+@pytest.fixture(params=["cuda", "cpu", "triton", "torch", "reference"])
+def backend(request: pytest.FixtureRequest) -> str:
+    return provided(request)
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("case", ALL.values(), ids=ALL)
 def test_forward(case: Case, dtype: torch.dtype, backend: str) -> None:
-    if backend == "triton" and case in PROJECTED.values():
+    if backend in ("cuda", "triton") and case in PROJECTED.values():
         with pytest.raises(encdec_fast.BackendRefused, match="proj_size"):
             checks.check_forward("lstm", case, dtype, backend)
         return

@@ -9,6 +9,7 @@
 #include "core/cpu_features.h"
 #include "core/probe.h"
 #include "python/generation.h"
+#include "rnn/rnn_gpu.h"
 #include "rnn/rnn_plan.h"
 
 namespace py = pybind11;
@@ -21,6 +22,7 @@ py::dict build_info() {
   info["compiler"] = ENCDEC_COMPILER;
   info["flags"] = ENCDEC_COMPILE_FLAGS;
   info["cuda"] = bool(ENCDEC_CUDA_FOUND);
+  info["cuda_version"] = ENCDEC_CUDA_VERSION;
   return info;
 }
 
@@ -69,11 +71,32 @@ std::string rnn_plan(int cell, int64_t steps, int64_t rows, int64_t batch, int64
   return describe(make_plan(s, rows, directions, format_named(format), threads), s, directions);
 }
 
+// (the plan as rnn_forward of libencdec_ops_cuda.so takes it, empty if there is none; bytes that a
+// launch exchanges; the plan in words, or why there is none)
+std::tuple<std::vector<int64_t>, int64_t, std::string> rnn_gpu_plan(
+    int cell, const std::string& format, bool backward, int batch, int hidden_size, int directions,
+    int capability, int processors, int shared_bytes, int cluster) {
+  using namespace encdec::rnn;
+  const gpu::Shape shape{
+      static_cast<Cell>(cell), format_named(format), backward, batch, hidden_size, directions};
+  gpu::Plan p;
+  std::string why_not;
+  if (!gpu::make_plan(shape, {capability, processors, shared_bytes, cluster}, p, why_not)) {
+    return {{}, 0, why_not};
+  }
+  return {{p.cluster, p.tile, p.blocks, p.row_groups, p.k_groups, p.chunk, p.slice, p.launch},
+          gpu::exchange_bytes(shape, p),
+          gpu::describe(shape, p)};
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
   m.doc() = "Facts about the build of encdec_fast and about this processor; the generation engine.";
-  m.def("build_info", &build_info, "version, compiler, flags (str) and cuda (bool) of this build.");
+  m.def(
+      "build_info", &build_info,
+      "version, compiler, flags (str), cuda (bool) and cuda_version (str, of the toolkit) of this\n"
+      "build.");
   m.def("cpu_info", &cpu_info,
         "model (str), features and isas (list of str), cores (int) and cache sizes in bytes "
         "(l1d_bytes, l2_bytes, l3_bytes) of this processor.");
@@ -89,5 +112,10 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
         py::arg("input_size"), py::arg("hidden_size"), py::arg("output_size"),
         py::arg("directions"), py::arg("format"), py::arg("threads"),
         "How the cpu backend would cut a recurrent call, in words. `rows` counts real steps.");
+  m.def("rnn_gpu_plan", &rnn_gpu_plan, py::arg("cell"), py::arg("format"), py::arg("backward"),
+        py::arg("batch"), py::arg("hidden_size"), py::arg("directions"), py::arg("capability"),
+        py::arg("processors"), py::arg("shared_bytes"), py::arg("cluster"),
+        "How the cuda backend would cut a recurrence: (plan, bytes to exchange, words). The plan\n"
+        "is empty where there is none, and the words then say why.");
   encdec::generation::bind(m);
 }

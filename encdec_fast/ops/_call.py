@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from encdec_fast.backends import requested_backend
+
 State: TypeAlias = Tensor | None
 # output, h_n, c_n (LSTM only), every c_t (LSTM only, where asked for)
 LayerResult: TypeAlias = tuple[Tensor, Tensor, State, State]
@@ -30,6 +32,8 @@ class RecurrentCall(NamedTuple):
     ragged: "" (all sequences have T steps), "lengths" (padded), "packed" (PackedSequence) or "step"
         (a cell: one step).
     context: "" for plain tensors, or what stands between the call and its values; see `context_of`.
+    recurrence: (sequences, hidden size, device number) where a GPU's kernels must say whether they
+        hold it; None elsewhere.
     """
 
     kind: str
@@ -44,6 +48,7 @@ class RecurrentCall(NamedTuple):
     ragged: str
     context: str
     empty: bool
+    recurrence: tuple[int, int, int] | None = None
 
     @property
     def bias(self) -> bool:
@@ -82,7 +87,21 @@ def make_call(
         "lengths" if lengths is not None else "packed" if batch_sizes is not None else "",
         "",
         False,
+        recurrence_of(kind, input, weights, batch_sizes, batch_first),
     )
+
+
+def recurrence_of(
+    kind: str, input: Tensor, weights: Sequence[Tensor], batch_sizes: State, batch_first: bool
+) -> tuple[int, int, int] | None:
+    """`RecurrentCall.recurrence`; the sizes must not be symbols."""
+    if not (input.is_cuda or requested_backend() == "cuda") or input.is_meta:
+        return None
+    if batch_sizes is not None:
+        B = int(batch_sizes[0]) if batch_sizes.numel() else 0
+    else:
+        B = input.shape[0 if batch_first else 1]
+    return B, weights[1].shape[0] // GATES[kind], input.get_device()
 
 
 def context_of(input: Tensor, weights: list[Tensor]) -> str:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from encdec_fast.backends import BackendRefused, Description
-from encdec_fast.ops import _checks, _cpu, _recurrent, _recurrent_triton
+from encdec_fast.ops import _checks, _cpu, _recurrent, _recurrent_cuda, _recurrent_triton
 from encdec_fast.ops._call import GATES, WEIGHT_DTYPES, LayerResult, State
 from encdec_fast.ops._layer import LayerOp
 from encdec_fast.ops._recurrent import Arguments, Network
@@ -118,6 +118,8 @@ def describe_network(given: Arguments) -> Description:
         rows = int(lengths.sum())
 
     def plan(backend: str) -> str:
+        if backend == "cuda":
+            return _recurrent_cuda.plan(call)
         if backend == "triton":
             return _recurrent_triton.plan(call, batch, hidden)
         return _cpu.plan(call, steps, rows, batch, weights) if backend == "cpu" else ""

@@ -20,6 +20,7 @@ from encdec_fast.ops._call import (
     autocasting,
     context_of,
     needs_grad,
+    recurrence_of,
 )
 from encdec_fast.ops._layer import LayerOp
 
@@ -108,6 +109,9 @@ def describe(
         "lengths" if lengths is not None else "packed" if batch_sizes is not None else "",
         context,
         context not in GRAPHS and input.numel() == 0,
+        None
+        if context in GRAPHS
+        else recurrence_of(kind, input, weights, batch_sizes, batch_first),
     )
     # Under a transform autograd is not the one who asks: plain PyTorch serves any number of them.
     if training and context not in ("grad", "transform", "subclass"):

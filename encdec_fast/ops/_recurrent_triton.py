@@ -2,279 +2,84 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from functools import partial
+from typing import Any
 
-import torch
 from torch import Tensor
 
-from encdec_fast.backends import Backend, requested_backend
-from encdec_fast.ops import _triton
-from encdec_fast.ops._call import LayerResult, RecurrentCall, State, without_autocast
-from encdec_fast.ops._checks import check_batch_sizes, check_weights
-from encdec_fast.ops._torch import why_not as torch_why_not
+from encdec_fast.backends import Backend
+from encdec_fast.ops import _recurrent_gpu, _triton
+from encdec_fast.ops._call import RecurrentCall, State
+from encdec_fast.ops._recurrent_gpu import Sequences
 
 
 def why_not(call: RecurrentCall) -> list[str]:
     reasons = _triton.unfit(call)
-    if call.weight_dtype:
-        reasons.append(f"it has no weights held in {call.weight_dtype}")
-    if call.projected:
-        reasons.append("it has no proj_size")
-    if call.training and call.ragged == "step":
-        reasons.append("where a gradient is needed a single step is torch's")
-    if call.empty:
-        reasons.append("the batch is empty")
-    # Nothing has been measured: what vendors wrote for this very call goes first.
-    if call.device == "cuda" and not torch_why_not(call) and requested_backend() != "triton":
-        reasons.append("torch's own kernel for this device goes first")
-    return reasons
+    return reasons if _triton.missing() else reasons + _recurrent_gpu.unsuited(call, "triton")
 
 
-class _Sequences(NamedTuple):
-    """How a call's sequences lie: for the kernels, and in the order of their lengths.
-
-    real: where the real rows of a padded tensor lie; order, back: sequence numbers, sorted and
-    sorted back. None where they lie in order.
-    """
-
-    walk: Any
-    real: State = None
-    order: State = None
-    back: State = None
-
-    def sorted(self, state: State) -> State:
-        """(D, B, size) in the kernels' order, contiguous."""
-        if state is None or self.order is None:
-            return None if state is None else state.contiguous()
-        return state.index_select(1, self.order)
-
-    def unsorted(self, state: Tensor) -> Tensor:
-        return state if self.back is None else state.index_select(1, self.back)
-
-    def rows_of(self, tensor: Tensor) -> Tensor:
-        """The real rows of a tensor that is laid out as the input, (rows, size)."""
-        rows = tensor.reshape(-1, tensor.shape[-1])
-        return rows if self.real is None else rows.index_select(0, self.real)
+def _walk(sequences: Sequences) -> Any:
+    """The same for the kernels, which find padded rows by their places only."""
+    T, B, rows, step, sequence, lengths, starts, places = sequences[:8]
+    if places is not None:
+        step = sequence = 0
+    return _triton.kernels("recurrent").Walk(T, B, rows, step, sequence, lengths, starts, places)
 
 
-def _sequences(
-    call: RecurrentCall, input: Tensor, lengths: State, batch_sizes: State
-) -> _Sequences:
-    walk, device = _triton.kernels("recurrent").Walk, input.device
-    if batch_sizes is not None:
-        check_batch_sizes(batch_sizes, input.shape[0])
-        T, B = batch_sizes.numel(), int(batch_sizes[0])
-        counts = (batch_sizes.unsqueeze(1) > torch.arange(B, device="cpu")).sum(0).int()
-        starts = batch_sizes.cumsum(0) - batch_sizes
-        lies = walk(T, B, input.shape[0], 0, 0, counts.to(device), starts.to(device), None)
-        return _Sequences(lies)
-    B, T = input.shape[:2] if call.batch_first else (input.shape[1], input.shape[0])
-    step, sequence = (1, T) if call.batch_first else (B, 1)
-    if lengths is None:
-        return _Sequences(walk(T, B, T * B, step, sequence, None, None, None))
-    longest_first, order = lengths.sort(descending=True, stable=True)
-    steps = torch.arange(T, device="cpu").unsqueeze(1)
-    there = steps < longest_first  # [T, B]
-    real = (steps * step + order * sequence)[there]
-    places = real.new_zeros(T * B)
-    places[: real.numel()] = real
-    sizes = there.sum(1)
-    own, starts, places, order, back = (
-        t.to(device)
-        for t in (longest_first.int(), sizes.cumsum(0) - sizes, places, order, order.argsort())
-    )
-    lies = walk(T, B, T * B, 0, 0, own, starts, places)
-    return _Sequences(lies, places[: real.numel()], order, back)
+def _in_one(call: RecurrentCall, weight: Tensor, B: int) -> bool:
+    sizes = (B, weight.shape[2], weight.shape[0], weight.dtype)
+    whole: bool = _triton.kernels("recurrent").whole(call.kind, *sizes)
+    return whole
 
 
-def _products(x: Tensor, weight: Tensor, bias: State, rows: int) -> Tensor:
-    """x weight' + bias in float32, with room for `rows`: (rows, features)."""
-    found = x.new_empty(rows, weight.shape[0], dtype=torch.float32)
-    real = found[: x.shape[0]]
-    if x.is_cuda and x.dtype != torch.float32:
-        torch.mm(x, weight.t(), out_dtype=torch.float32, out=real)
-    else:
-        torch.mm(x.float(), weight.t().float(), out=real)
-    if bias is not None:
-        real += bias
-    return found
+class _Kernels:
+    """`_recurrent_gpu.Kernels` in Triton."""
 
+    @staticmethod
+    def forward(
+        call: RecurrentCall,
+        products: Tensor,
+        weight: Tensor,
+        bias: State,
+        h0: State,
+        *rest: Any,
+    ) -> None:
+        *tensors, sequences = rest
+        D, _, H = weight.shape
+        states = weight.new_zeros(2, D, sequences.B, H)
+        if h0 is not None:
+            states[:] = h0
+        _triton.kernels("recurrent").forward(
+            call.kind,
+            products,
+            weight,
+            bias,
+            states,
+            *tensors,
+            _walk(sequences),
+            _in_one(call, weight, sequences.B),
+        )
 
-def _split(call: RecurrentCall, weights: list[Tensor]) -> list[list[Tensor]]:
-    """w_ih, w_hh and the biases, each with those of all directions."""
-    own = [weights[d * call.weights : (d + 1) * call.weights] for d in range(call.directions)]
-    for one in own:
-        check_weights(call.kind, one)
-        if one[0].shape != own[0][0].shape or one[1].shape != own[0][1].shape:
-            raise RuntimeError(f"{call.kind}: both directions must have weights of the same shapes")
-    return [list(kind) for kind in zip(*own, strict=True)]
-
-
-def _joined(tensors: list[Tensor]) -> Tensor:
-    return tensors[0] if len(tensors) == 1 else torch.cat(tensors)
-
-
-def _stacked(tensors: list[Tensor]) -> Tensor:
-    return tensors[0].contiguous().unsqueeze(0) if len(tensors) == 1 else torch.stack(tensors)
-
-
-def _biases(call: RecurrentCall, kinds: list[list[Tensor]]) -> tuple[State, State]:
-    """(what the input's products start from, what the GRU's new gate adds to its product of h)."""
-    if not call.bias:
-        return None, None
-    of_x, of_h = (torch.stack(kind).float() for kind in kinds[2:])
-    if call.kind != "gru":
-        return (of_x + of_h).flatten(), None
-    hidden = of_h.shape[1] // 3
-    inner = of_h[:, 2 * hidden :].contiguous()
-    of_x[:, : 2 * hidden] += of_h[:, : 2 * hidden]
-    return of_x.flatten(), inner
-
-
-def _forward(
-    call: RecurrentCall,
-    input: Tensor,
-    weights: list[Tensor],
-    h0: State,
-    c0: State,
-    lengths: State,
-    batch_sizes: State,
-) -> tuple[Tensor, Tensor, State, State, State]:
-    kernels = _triton.kernels("recurrent")
-    sequences = _sequences(call, input, lengths, batch_sizes)
-    walk = sequences.walk
-    kinds = _split(call, weights)
-    lstm, D, H = call.kind == "lstm", call.directions, kinds[1][0].shape[1]
-    start, inner = _biases(call, kinds)
-    products = _products(sequences.rows_of(input), _joined(kinds[0]), start, walk.rows)
-    new = input.new_empty if lengths is None else input.new_zeros
-    output = new(*input.shape[:-1], D * H)
-    cells = torch.zeros_like(output) if lstm and (call.cell_states or call.training) else None
-    gates = None
-    if call.training and call.kind in ("lstm", "gru"):
-        gates = input.new_empty(output.numel() * 4)
-    states = input.new_zeros(2, D, walk.B, H)
-    before = sequences.sorted(h0)
-    if before is not None:
-        states[:] = before
-    c = None
-    if lstm:
-        first = sequences.sorted(c0)
-        c = input.new_zeros(D, walk.B, H, dtype=torch.float32)
-        if first is not None:
-            c.copy_(first)
-    h_n = input.new_empty(D, walk.B, H)
-    in_one = kernels.whole(call.kind, walk.B, H, D, input.dtype)
-    tensors = (products, _stacked(kinds[1]), inner, states, c, output, cells, gates, h_n)
-    kernels.forward(call.kind, *tensors, walk, in_one)
-    c_n = None if c is None else sequences.unsorted(c).to(input.dtype)
-    return output, sequences.unsorted(h_n), c_n, cells, gates
-
-
-def run(call: RecurrentCall, input: Tensor, *layer: Any) -> LayerResult:
-    with torch.cuda.device_of(input):
-        return _forward(call, input, *layer)[:4]
-
-
-def train(
-    call: RecurrentCall, input: Tensor, *layer: Any
-) -> tuple[Tensor, Tensor, State, State, State]:
-    with torch.cuda.device_of(input):
-        return _forward(call, input, *layer)
-
-
-def _grads_of_weights(
-    call: RecurrentCall, grads: Tensor, x: Tensor, previous: Tensor
-) -> list[Tensor]:
-    """Of w_ih, w_hh and the biases; grads (rows, segments · H) and previous of one direction."""
-    H = previous.shape[1]
-    if call.kind == "gru":
-        of_x, of_h = grads[:, : 3 * H], torch.cat([grads[:, : 2 * H], grads[:, 3 * H :]], 1)
-    else:
-        of_x = of_h = grads
-    found = [of_x.t() @ x, of_h.t() @ previous]
-    if call.bias:
-        found += [of_x.sum(0), of_h.sum(0)]
-    return found
-
-
-def _backward(
-    call: RecurrentCall,
-    grads: tuple[State, State, State, State],
-    input: Tensor,
-    weights: list[Tensor],
-    h0: State,
-    c0: State,
-    lengths: State,
-    batch_sizes: State,
-    output: Tensor,
-    cells: State,
-    gates: State,
-) -> tuple[Tensor, list[Tensor], State, State]:
-    kernels = _triton.kernels("recurrent")
-    sequences = _sequences(call, input, lengths, batch_sizes)
-    walk = sequences.walk
-    grad_output, grad_h_n, grad_c_n, grad_cells = _triton.contiguous(grads, input.device)
-    kinds = _split(call, weights)
-    lstm, D, H = call.kind == "lstm", call.directions, kinds[1][0].shape[1]
-    segments = kernels.SEGMENTS[kernels.CELLS[call.kind]]
-    of_gates = input.new_empty(walk.rows, D * segments * H)
-    previous = input.new_empty(walk.rows, D * H)
-    carry, saved = None, call.kind in ("lstm", "gru")
-    if saved:
-        carry = input.new_zeros(D, walk.B, H, dtype=torch.float32)
-    if carry is not None and lstm and grad_c_n is not None:
-        carry.copy_(sequences.sorted(grad_c_n))  # type: ignore[arg-type]
-    grad_h0 = None if h0 is None else input.new_empty(D, walk.B, H)
-    kernels.backward(
-        call.kind,
-        grad_output,
-        sequences.sorted(grad_h_n),
-        grad_cells,
-        _stacked(kinds[1]),
-        gates if saved else None,
-        output,
-        cells,
-        sequences.sorted(h0),
-        sequences.sorted(c0),
-        of_gates,
-        previous,
-        carry,
-        grad_h0,
-        walk,
-        kernels.whole(call.kind, walk.B, H, D, input.dtype),
-    )
-    x = sequences.rows_of(input)
-    previous = previous[: x.shape[0]]
-    by_direction = of_gates[: x.shape[0]].view(-1, D, segments * H)
-    read_by_x = by_direction[:, :, : kinds[0][0].shape[0]].flatten(1)
-    grad_rows = read_by_x @ _joined(kinds[0])
-    if sequences.real is None:
-        grad_input = grad_rows.view(input.shape)
-    else:
-        grad_input = torch.zeros_like(input, memory_format=torch.contiguous_format)
-        grad_input.view(-1, input.shape[-1]).index_copy_(0, sequences.real, grad_rows)
-    grad_weights = [
-        grad
-        for d in range(D)
-        for grad in _grads_of_weights(call, by_direction[:, d], x, previous[:, d * H : (d + 1) * H])
-    ]
-    grad_c0 = None
-    if lstm and c0 is not None and carry is not None:
-        grad_c0 = sequences.unsorted(carry).to(input.dtype)
-    return (
-        grad_input,
-        grad_weights,
-        None if grad_h0 is None else sequences.unsorted(grad_h0),
-        grad_c0,
-    )
-
-
-def backward(
-    call: RecurrentCall, grads: tuple[State, State, State, State], input: Tensor, *rest: Any
-) -> tuple[Tensor, list[Tensor], State, State]:
-    with torch.cuda.device_of(input), without_autocast(call.device):
-        return _backward(call, grads, input, *rest)
+    @staticmethod
+    def backward(
+        call: RecurrentCall,
+        grad_output: State,
+        grad_h_n: State,
+        grad_cells: State,
+        weight: Tensor,
+        *rest: Any,
+    ) -> None:
+        *tensors, sequences = rest
+        _triton.kernels("recurrent").backward(
+            call.kind,
+            grad_output,
+            grad_h_n,
+            grad_cells,
+            weight,
+            *tensors,
+            _walk(sequences),
+            _in_one(call, weight, sequences.B),
+        )
 
 
 def plan(call: RecurrentCall, batch: int, hidden: int) -> str:
@@ -284,5 +89,10 @@ def plan(call: RecurrentCall, batch: int, hidden: int) -> str:
     return "all steps in one launch" if in_one else "a launch for each step"
 
 
-INFERENCE = Backend("triton", run, why_not)
-TRAINING = Backend("triton", train, why_not, backward=backward)
+INFERENCE = Backend("triton", partial(_recurrent_gpu.run, _Kernels), why_not)
+TRAINING = Backend(
+    "triton",
+    partial(_recurrent_gpu.train, _Kernels),
+    why_not,
+    backward=partial(_recurrent_gpu.backward, _Kernels),
+)

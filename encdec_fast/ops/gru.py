@@ -36,7 +36,7 @@ import torch
 from torch import Tensor
 
 from encdec_fast.backends import Description, explained_by
-from encdec_fast.ops import _cells, _cpu, _public, _recurrent_triton, _torch
+from encdec_fast.ops import _cells, _cpu, _public, _recurrent_cuda, _recurrent_triton, _torch
 from encdec_fast.ops._call import LayerResult, RecurrentCall, State, make_call
 from encdec_fast.ops._layer import LayerOp
 from encdec_fast.ops._reference import reference_backend, unroll
@@ -114,12 +114,14 @@ OP = LayerOp("gru", False, _call, lambda call: (), _reference)
 OP.register(_library)  # fakes and autograd, which all recurrent ops share: see LayerOp
 
 BACKENDS = (
+    _recurrent_cuda.INFERENCE,
     _recurrent_triton.INFERENCE,
     _cpu.INFERENCE,
     _torch.INFERENCE,
     reference_backend(_reference),
 )
 TRAIN_BACKENDS = (
+    _recurrent_cuda.TRAINING,
     _recurrent_triton.TRAINING,
     _cpu.TRAINING,
     _torch.TRAINING,

@@ -1,0 +1,370 @@
+// The persistent kernel of recurrent layers: all steps in one launch. rnn_gpu.h says how it is cut.
+//
+// An Op is a cell in one direction, and tells what is its own:
+//
+//   Number, Call            its dtype, its arguments (Forward or Backward)
+//   kGates                  products per hidden unit; kPublished: numbers per unit sent around
+//   weights(gate, segment, unit)     a unit's weights for that product, of that segment's H numbers
+//   Inputs, load(element)   what an element needs beside the products: asked for ahead of time
+//   finish(element, sums, inputs, previous, carry, published)   the cell itself
+//
+// An element is one hidden unit of one sequence. `carry` is a float of it that stays in the block:
+// the cell state, or its gradient.
+#pragma once
+
+#include <stdexcept>
+#include <string>
+
+#include "core/gpu.cuh"
+#include "core/gpu_launch.cuh"
+#include "rnn/recurrence_exchange.cuh"
+#include "rnn/recurrence_products.cuh"
+#include "rnn/rnn_gpu.h"
+
+namespace encdec::rnn::gpu {
+
+struct Element {
+  int unit;      // hidden unit
+  int sequence;  // in the order of lengths
+  int t;
+  int length;
+  bool real;    // the sequence has a step t
+  bool inside;  // there are such a unit and such a sequence
+  int64_t row, place;
+  int64_t
+      place_ahead;  // of the step that the kernel takes next: in backward, where its state is from
+};
+
+// Where a group is in its steps. Reading starts[] for a step ahead keeps one load off the chain.
+class Walk {
+ public:
+  __device__ Walk(const Steps& steps, int longest, bool ascending)
+      : steps_(steps), longest_(longest), ascending_(ascending), next_(start_of(t(0))) {
+    advance(0);
+  }
+
+  __device__ int t(int step) const { return ascending_ ? step : longest_ - 1 - step; }
+
+  __device__ void advance(int step) {
+    now_ = next_;
+    next_ = start_of(t(step + 1));
+  }
+
+  // own: the sequence's number in the caller's order.
+  __device__ int64_t row(int step, int sequence, int own) const {
+    return steps_.starts == nullptr ? padded(t(step), own) : now_ + sequence;
+  }
+
+  // Of this step, or (ahead = 1) of the one that follows in the kernel's order.
+  __device__ int64_t place(int step, int sequence, int own, int ahead) const {
+    const bool packed = steps_.starts != nullptr && steps_.order == nullptr;
+    return packed ? (ahead ? next_ : now_) + sequence : padded(t(step + ahead), own);
+  }
+
+ private:
+  __device__ int64_t padded(int t, int own) const {
+    return t * steps_.step + own * steps_.sequence;
+  }
+
+  __device__ int64_t start_of(int t) const {
+    return steps_.starts != nullptr && t >= 0 && t < steps_.T ? steps_.starts[t] : 0;
+  }
+
+  const Steps& steps_;
+  const int longest_;
+  const bool ascending_;
+  int64_t now_ = 0, next_;
+};
+
+// Sixteen bytes of the numbers that neighbouring lanes have, for each of these lanes.
+template <class T>
+__device__ inline Quad gather(T value, int lane) {
+  uint32_t first;
+  if constexpr (sizeof(T) == 4) {
+    first = float_to_bits(value);
+  } else {
+    const uint32_t own = value.bits, other = shuffle_xor(own, 1);
+    first = lane & 1 ? other | own << 16 : own | other << 16;
+    lane >>= 1;
+  }
+  constexpr int kNear = sizeof(T) == 4 ? 1 : 2;
+  const uint32_t second = shuffle_xor(first, kNear);
+  const uint32_t low = lane & 1 ? second : first, high = lane & 1 ? first : second;
+  const uint32_t low2 = shuffle_xor(low, 2 * kNear), high2 = shuffle_xor(high, 2 * kNear);
+  return lane & 2 ? Quad{{low2, high2, low, high}} : Quad{{low, high, low2, high2}};
+}
+
+// A lane's part of a tile of weights. Rows are whole quads, so that a quad lies in one row, or past
+// its end.
+template <class Op, class Products>
+__device__ inline Tile fetch(const Op& op, int gate, int first_unit, int tile, int segment_width,
+                             int lane) {
+  using T = typename Op::Number;
+  Tile found;
+#pragma unroll
+  for (int part = 0; part < 2; ++part) {
+    const int unit = first_unit + Products::row(lane, part);
+    const int column =
+        (tile * kTileBytes + Products::byte(lane, part)) / static_cast<int>(sizeof(T));
+    const int segment = column / segment_width, k = column % segment_width;
+    found.part[part] = Quad{};
+    if (unit < op.H() && k < op.H()) {
+      found.part[part] = *reinterpret_cast<const Quad*>(op.weights(gate, segment, unit) + k);
+    }
+  }
+  return found;
+}
+
+// What one block does.
+template <class Op, class Products, class Exchange>
+__device__ inline void run_block(const typename Op::Call& call, const Plan& plan,
+                                 const SharedLayout& at, char* exchange_memory,
+                                 int first_sequence) {
+  using T = typename Op::Number;
+  constexpr int kGates = Op::kGates;
+  constexpr int kKept = resident_tiles(sizeof(T)) / kGates;
+  constexpr int kPeers = 16 / sizeof(T);  // lanes that share a quad
+  const Steps& steps = call.steps;
+  const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
+  const int row_group = warp / plan.k_groups, k_group = warp % plan.k_groups;
+  const int units = plan.row_groups * kUnits, d = blockIdx.z;
+  const int gate_stride = plan.chunk * kPartialStride;  // of partial sums
+  const int base = first_sequence + blockIdx.y * plan.slice;
+  const int rows = min(plan.slice, steps.B - base);
+  const int block_unit = blockIdx.x * units, first_unit = block_unit + row_group * kUnits;
+  const int segment_width = at.width / Op::kPublished;
+  const Op op(call, d);
+
+  char* const memory = shared_memory();
+  float* const partials = reinterpret_cast<float*>(memory + at.partials);
+  float* const carries = reinterpret_cast<float*>(memory + at.carry);
+  int* const lengths = reinterpret_cast<int*>(memory + at.sequences);
+  int* const own_numbers = lengths + plan.slice;
+  const int slices = (steps.B + plan.slice - 1) / plan.slice;
+  const Group group{memory,
+                    exchange_memory,
+                    d * slices + base / plan.slice,
+                    slices * steps.directions,
+                    plan.blocks,
+                    rows,
+                    plan.slice,
+                    Op::kPublished * ((steps.H + kPeers - 1) / kPeers) * 16};
+  Exchange exchange(group, at);
+
+  // Everything that stays: lengths, the first state, the weights.
+  const int buffers = Exchange::kCluster ? 2 : 1;
+  for (int i = threadIdx.x; i < buffers * at.state_bytes / 16; i += blockDim.x) {
+    reinterpret_cast<Quad*>(memory + at.state)[i] = Quad{};
+  }
+  for (int n = threadIdx.x; n < rows; n += blockDim.x) {
+    lengths[n] = steps.lengths == nullptr ? steps.T : min(steps.lengths[base + n], steps.T);
+    own_numbers[n] = steps.order == nullptr ? base + n : static_cast<int>(steps.order[base + n]);
+  }
+  for (int i = threadIdx.x; i < rows * units; i += blockDim.x) {
+    const int unit = block_unit + i % units;
+    const int64_t own = (static_cast<int64_t>(d) * steps.B + base + i / units) * steps.H + unit;
+    carries[i] = unit < steps.H && op.carry() != nullptr ? op.carry()[own] : 0.0f;
+  }
+  sync_block();
+  if (op.first_state() != nullptr) {
+    const T* const from = op.first_state() + (static_cast<int64_t>(d) * steps.B + base) * steps.H;
+    for (int i = threadIdx.x; i < rows * steps.H; i += blockDim.x) {
+      char* const row = memory + at.state + i / steps.H * at.row_bytes;
+      reinterpret_cast<T*>(row)[i % steps.H] = from[i];
+    }
+  }
+  const int mine = (at.tiles - k_group + plan.k_groups - 1) / plan.k_groups;  // tiles of this warp
+  Tile kept[kKept][kGates];
+#pragma unroll
+  for (int i = 0; i < kKept; ++i) {
+#pragma unroll
+    for (int g = 0; g < kGates; ++g) {
+      const int tile = k_group + i * plan.k_groups;
+      kept[i][g] =
+          i < mine ? fetch<Op, Products>(op, g, first_unit, tile, segment_width, lane) : Tile{};
+    }
+  }
+  Quad* const spilled =
+      reinterpret_cast<Quad*>(memory + at.weights) + warp * at.spilled * kGates * 2 * kWarp + lane;
+  for (int i = kKept; i < mine; ++i) {
+    for (int g = 0; g < kGates; ++g) {
+      const int tile = k_group + i * plan.k_groups, to = ((i - kKept) * kGates + g) * 2 * kWarp;
+      const Tile w = fetch<Op, Products>(op, g, first_unit, tile, segment_width, lane);
+      spilled[to] = w.part[0];
+      spilled[to + kWarp] = w.part[1];
+    }
+  }
+  exchange.start();
+
+  const int longest = lengths[0], count = longest + op.extra_steps();
+  Walk walk(steps, longest, Op::kBackward == (d == 1));
+  // Worked out where it is used, twice: what it consists of would not fit beside the weights.
+  const auto number_of = [&](int pass) {
+    return static_cast<int>(opaque((k_group + pass * plan.k_groups) * kWarp + lane));
+  };
+  const auto element_of = [&](int step, int chunk, int e) {
+    const int n = chunk + e / kUnits;
+    Element element;
+    element.unit = first_unit + e % kUnits;
+    element.inside = e < plan.chunk * kUnits && n < rows && element.unit < steps.H;
+    const int own = element.inside ? own_numbers[n] : 0;
+    element.sequence = base + n;
+    element.t = walk.t(step);
+    element.length = element.inside ? lengths[n] : 0;
+    element.real = element.t >= 0 && element.t < element.length;
+    element.row = walk.row(step, element.sequence, own);
+    element.place = walk.place(step, element.sequence, own, 0);
+    element.place_ahead = walk.place(step, element.sequence, own, 1);
+    return element;
+  };
+  for (int step = 0; step < count; ++step) {
+    for (int chunk = 0; chunk < rows; chunk += plan.chunk) {
+      typename Op::Inputs inputs[kPasses];
+#pragma unroll
+      for (int p = 0; p < kPasses; ++p) inputs[p] = op.load(element_of(step, chunk, number_of(p)));
+      if (chunk == 0) exchange.wait(step, step + 1 < count);
+
+      // The weights stay where they are, so a tile of sequences after the other costs no more than
+      // all at once, and needs fewer registers.
+#pragma unroll 1
+      for (int j = 0; j < plan.chunk && chunk + j < rows; j += Products::kRows) {
+        Products products;
+        const char* state =
+            exchange.state(step) + (chunk + j) * at.row_bytes + k_group * kTileBytes;
+#pragma unroll
+        for (int i = 0; i < kKept; ++i) {
+          if (i >= mine) break;
+#pragma unroll
+          for (int g = 0; g < kGates; ++g) make_opaque(kept[i][g]);
+          products.multiply_tile(kept[i], state, at.row_bytes, lane);
+          state += plan.k_groups * kTileBytes;
+        }
+        for (int i = kKept; i < mine; ++i) {
+          Tile w[kGates];
+#pragma unroll
+          for (int g = 0; g < kGates; ++g) {
+            const int from = ((i - kKept) * kGates + g) * 2 * kWarp;
+            w[g] = {{spilled[from], spilled[from + kWarp]}};
+          }
+          products.multiply_tile(w, state, at.row_bytes, lane);
+          state += plan.k_groups * kTileBytes;
+        }
+        products.write(partials + warp * gate_stride * kGates + j * kPartialStride, gate_stride,
+                       lane);
+      }
+      sync_threads_of(1 + row_group, kWarp * plan.k_groups);
+
+#pragma unroll
+      for (int p = 0; p < kPasses; ++p) {
+        if ((k_group + p * plan.k_groups) * kWarp >= plan.chunk * kUnits) break;
+        const int e = number_of(p);
+        const Element element = element_of(step, chunk, e);
+        const int n = chunk + e / kUnits, u = row_group * kUnits + e % kUnits;
+        T published[Op::kPublished] = {};
+        if (element.inside) {
+          float sums[kGates];
+#pragma unroll
+          for (int g = 0; g < kGates; ++g) {
+            const float* part = partials + (row_group * plan.k_groups * kGates + g) * gate_stride +
+                                e / kUnits * kPartialStride + e % kUnits;
+            sums[g] = 0.0f;
+            for (int k = 0; k < plan.k_groups; ++k) {
+              sums[g] += part[k * kGates * gate_stride];
+            }
+          }
+          const T previous = reinterpret_cast<const T*>(
+              exchange.state(step) + n * at.row_bytes)[Op::kBackward ? 0 : element.unit];
+          op.finish(element, sums, inputs[p], previous, carries[n * units + u], published);
+        }
+        if (step + 1 == count) continue;
+#pragma unroll
+        for (int s = 0; s < Op::kPublished; ++s) {
+          const Quad quad = gather(published[s], lane);
+          const int first = element.unit / kPeers * kPeers, column = s * segment_width + first;
+          if (first < steps.H && e < plan.chunk * kUnits && n < rows) {
+            exchange.publish(step, n, column * static_cast<int>(sizeof(T)), quad, lane % kPeers,
+                             kPeers);
+          }
+        }
+      }
+      // The next chunk's products take the place of this one's.
+      if (chunk + plan.chunk < rows) sync_threads_of(1 + row_group, kWarp * plan.k_groups);
+    }
+    if (step + 1 < count) exchange.arrive();
+    walk.advance(step + 1);
+  }
+
+  sync_block();
+  if (op.carry() == nullptr) return;
+  for (int i = threadIdx.x; i < rows * units; i += blockDim.x) {
+    const int unit = block_unit + i % units;
+    const int64_t own = (static_cast<int64_t>(d) * steps.B + base + i / units) * steps.H + unit;
+    if (unit < steps.H) op.carry()[own] = carries[i];
+  }
+}
+
+template <class Op, class Products, class Exchange>
+__global__ void __launch_bounds__(kWarp* kMaxWarps, 1)
+    recurrence(const __grid_constant__ typename Op::Call call, const __grid_constant__ Plan plan,
+               const __grid_constant__ SharedLayout at, char* exchange_memory, int first_sequence) {
+  if constexpr (kHasClusters || !Exchange::kCluster) {
+    run_block<Op, Products, Exchange>(call, plan, at, exchange_memory, first_sequence);
+  }
+}
+
+// All sequences of a call: as many launches as the plan needs to have each group resident.
+template <class Op, class Products, class Exchange>
+void launch_all(const typename Op::Call& call, const Shape& shape, const Plan& plan, void* exchange,
+                void* stream) {
+  const SharedLayout at = shared_layout(shape, plan);
+  for (int first = 0; first < shape.B; first += plan.launch) {
+    const int sequences = shape.B - first < plan.launch ? shape.B - first : plan.launch;
+    Launch launch;
+    launch.grid[0] = plan.blocks;
+    launch.grid[1] = plan.slices(sequences);
+    launch.grid[2] = shape.directions;
+    launch.threads = plan.threads();
+    launch.shared_bytes = at.bytes;
+    launch.cluster = Exchange::kCluster ? plan.blocks : 0;
+    launch.stream = stream;
+    encdec::gpu::launch(launch, &recurrence<Op, Products, Exchange>, call, plan, at,
+                        static_cast<char*>(exchange), first);
+  }
+}
+
+template <template <class> class Op, class T, class Call>
+void choose_products(const Call& call, const Shape& shape, const Plan& plan, void* exchange,
+                     void* stream) {
+  constexpr int kGates = Op<T>::kGates;
+  const auto run = [&](auto products) {
+    using Products = decltype(products);
+    if (plan.cluster) {
+      launch_all<Op<T>, Products, ThroughCluster>(call, shape, plan, exchange, stream);
+    } else {
+      launch_all<Op<T>, Products, ThroughL2>(call, shape, plan, exchange, stream);
+    }
+  };
+  if (plan.tile == kTensorCoresTile) return run(TensorCores<T, kGates>());
+  if constexpr (sizeof(T) == 4) {
+    if (plan.tile == 1) return run(PlainFma<T, kGates, 1>());
+    if (plan.tile == 4) return run(PlainFma<T, kGates, 4>());
+  }
+  throw std::runtime_error("recurrence: there is no kernel for tiles of " +
+                           std::to_string(plan.tile) + " sequences");
+}
+
+template <template <class> class Op, class Call>
+void run_recurrence(const Call& call, Cell cell, Format dtype, const Plan& plan, void* exchange,
+                    void* stream) {
+  const Steps& s = call.steps;
+  const Shape shape{cell, dtype, Op<float>::kBackward, s.B, s.H, s.directions};
+  if (dtype == Format::kFloat32) {
+    choose_products<Op, float>(call, shape, plan, exchange, stream);
+  } else if (dtype == Format::kBfloat16) {
+    choose_products<Op, Bfloat16>(call, shape, plan, exchange, stream);
+  } else {
+    choose_products<Op, Float16>(call, shape, plan, exchange, stream);
+  }
+}
+
+}  // namespace encdec::rnn::gpu

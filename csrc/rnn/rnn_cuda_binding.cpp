@@ -1,0 +1,224 @@
+// torch's side of the recurrences for GPUs: check, launch. encdec_fast/ops/_recurrent_gpu.py has
+// made the products with the input and every tensor; what is checked here is what a kernel would
+// read or write out of bounds for.
+#include "core/torch_tensor.h"
+#include "rnn/rnn_gpu.h"
+
+namespace encdec::rnn::gpu {
+namespace {
+
+using OptionalTensor = std::optional<Tensor>;
+
+// The stream that torch launches on for this device; nothing where the kernels run on the CPU.
+void* current_stream([[maybe_unused]] const Tensor& like) {
+  void* stream = nullptr;
+#ifndef ENCDEC_GPU_ON_CPU
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(like.get_device(), &stream));
+#endif
+  return stream;
+}
+
+// Where the rows lie: numbers of the call, as encdec_fast/ops/_recurrent_gpu.py gives them.
+struct Layout {
+  int64_t T, B, rows, step, sequence;
+};
+
+Layout layout_of(const std::vector<int64_t>& numbers) {
+  STD_TORCH_CHECK(numbers.size() == 5, "layout must be T, B, rows, step, sequence");
+  return {numbers[0], numbers[1], numbers[2], numbers[3], numbers[4]};
+}
+
+Plan plan_of(const std::vector<int64_t>& numbers) {
+  STD_TORCH_CHECK(numbers.size() == 8, "a plan has 8 numbers, got ", numbers.size());
+  const auto at = [&](size_t i) { return static_cast<int32_t>(numbers[i]); };
+  Plan p{};
+  p.cluster = numbers[0] != 0;
+  p.tile = at(1), p.blocks = at(2), p.row_groups = at(3), p.k_groups = at(4);
+  p.chunk = at(5), p.slice = at(6), p.launch = at(7);
+  return p;
+}
+
+// A tensor that the kernel indexes by itself: on the call's device, contiguous, of this size.
+void check(const Tensor& t, const Tensor& like, ScalarType type, int64_t numel, const char* name) {
+  STD_TORCH_CHECK(t.get_device() == like.get_device() && t.is_cuda() == like.is_cuda(), name,
+                  " must be on the device of the others");
+  STD_TORCH_CHECK(t.is_contiguous() && t.scalar_type() == type && t.numel() == numel, name,
+                  " must be contiguous, of the layer's dtype and have ", numel, " numbers, got ",
+                  t.numel());
+}
+
+const void* given(const OptionalTensor& t, const Tensor& like, ScalarType type, int64_t numel,
+                  const char* name) {
+  if (!t) return nullptr;
+  check(*t, like, type, numel, name);
+  return t->data_ptr();
+}
+
+struct Sizes {
+  Cell cell;
+  int64_t D, H, G;
+  ScalarType type;
+  Format dtype;
+};
+
+Sizes sizes_of(int64_t cell, const Tensor& weight) {
+  STD_TORCH_CHECK(cell == 0 || cell == 1, "there are GPU kernels of LSTM and GRU only");
+  STD_TORCH_CHECK(weight.dim() == 3, "weight must have three dimensions");
+  const int64_t G = gate_count(static_cast<Cell>(cell)), H = weight.size(1) / G;
+  STD_TORCH_CHECK(
+      H > 0 && weight.size(1) == G * H && weight.size(0) >= 1 && weight.size(0) <= 2 &&
+          weight.size(2) == round_up(H, kRowMultiple),
+      "weight must have the shape (directions, gates * H, H filled up to a multiple of ",
+      kRowMultiple, ")");
+  check(weight, weight, weight.scalar_type(), weight.numel(), "weight");
+  return {static_cast<Cell>(cell), weight.size(0), H, G, weight.scalar_type(), format_of(weight)};
+}
+
+Steps steps_of(const Layout& layout, const Sizes& s, const Tensor& like,
+               const OptionalTensor& lengths, const OptionalTensor& starts,
+               const OptionalTensor& order, const OptionalTensor& resets) {
+  constexpr int64_t kMost = int64_t{1} << 31;
+  STD_TORCH_CHECK(layout.T > 0 && layout.B > 0 && layout.T < kMost && layout.B < kMost,
+                  "there must be at least one step and one sequence");
+  STD_TORCH_CHECK(layout.rows <= layout.T * layout.B, "there are more rows than steps");
+  Steps steps{};
+  steps.T = static_cast<int32_t>(layout.T), steps.B = static_cast<int32_t>(layout.B);
+  steps.H = static_cast<int32_t>(s.H), steps.directions = static_cast<int32_t>(s.D);
+  steps.rows = layout.rows, steps.step = layout.step, steps.sequence = layout.sequence;
+  STD_TORCH_CHECK(!starts || lengths, "starts of steps need lengths");
+  STD_TORCH_CHECK(!order || starts, "an order of sequences needs starts of steps");
+  const auto at = [&](const OptionalTensor& t, ScalarType type, int64_t n, const char* name) {
+    return given(t, like, type, n, name);
+  };
+  steps.lengths = static_cast<const int32_t*>(at(lengths, ScalarType::Int, layout.B, "lengths"));
+  steps.starts = static_cast<const int64_t*>(at(starts, ScalarType::Long, layout.T, "starts"));
+  steps.order = static_cast<const int64_t*>(at(order, ScalarType::Long, layout.B, "order"));
+  steps.resets = static_cast<const uint8_t*>(at(resets, ScalarType::Bool, layout.rows, "resets"));
+  return steps;
+}
+
+// Rows of the caller's tensors: padded ones have all T steps.
+int64_t places_of(const Layout& layout, const OptionalTensor& starts, const OptionalTensor& order) {
+  const bool packed = starts && !order;
+  const int64_t places = layout.T * layout.B;
+  STD_TORCH_CHECK(packed || (layout.step == 1 && layout.sequence == layout.T) ||
+                      (layout.step == layout.B && layout.sequence == 1),
+                  "steps and sequences must lie one behind the other");
+  return packed ? layout.rows : places;
+}
+
+void check_plan(const Sizes& s, const Steps& steps, const Plan& plan, bool backward,
+                const Tensor& exchange) {
+  const Shape own{s.cell, s.dtype, backward, steps.B, steps.H, steps.directions};
+  // The device's limits were the planner's to know; a launch that exceeds them fails by itself.
+  const Limits none{90, INT32_MAX, INT32_MAX, 16};
+  const std::string reason = refuse(own, none, plan);
+  STD_TORCH_CHECK(reason.empty(), "the plan does not fit the call: ", reason);
+  STD_TORCH_CHECK(exchange.is_contiguous() && exchange.scalar_type() == ScalarType::Byte &&
+                      exchange.numel() >= exchange_bytes(own, plan),
+                  "exchange must have ", exchange_bytes(own, plan), " bytes");
+}
+
+}  // namespace
+
+void rnn_forward(int64_t cell, Tensor products, Tensor weight, OptionalTensor bias,
+                 OptionalTensor h0, OptionalTensor c, Tensor output, OptionalTensor cells,
+                 OptionalTensor gates, Tensor h_n, std::vector<int64_t> layout_numbers,
+                 OptionalTensor lengths, OptionalTensor starts, OptionalTensor order,
+                 OptionalTensor resets, std::vector<int64_t> plan_numbers, Tensor exchange) {
+  const Sizes s = sizes_of(cell, weight);
+  const Layout layout = layout_of(layout_numbers);
+  const Plan plan = plan_of(plan_numbers);
+  const bool lstm = s.cell == Cell::kLstm;
+  Forward f{};
+  f.steps = steps_of(layout, s, weight, lengths, starts, order, resets);
+  check_plan(s, f.steps, plan, false, exchange);
+  const int64_t places = places_of(layout, starts, order), state = s.D * layout.B * s.H;
+  check(products, weight, ScalarType::Float, layout.rows * s.D * s.G * s.H, "products");
+  check(output, weight, s.type, places * s.D * s.H, "output");
+  check(h_n, weight, s.type, state, "h_n");
+  STD_TORCH_CHECK(lstm == c.has_value(), "an LSTM has c, a GRU has not");
+  f.products = static_cast<const float*>(products.data_ptr());
+  f.weight = weight.data_ptr();
+  f.bias = static_cast<const float*>(given(bias, weight, ScalarType::Float, s.D * s.H, "bias"));
+  f.h0 = given(h0, weight, s.type, state, "h0");
+  f.c = static_cast<float*>(const_cast<void*>(given(c, weight, ScalarType::Float, state, "c")));
+  f.output = output.data_ptr();
+  f.cells = const_cast<void*>(given(cells, weight, s.type, places * s.D * s.H, "cells"));
+  if (gates) {
+    STD_TORCH_CHECK(gates->numel() >= layout.rows * s.D * 4 * s.H, "gates is too small");
+    f.gates = const_cast<void*>(given(gates, weight, s.type, gates->numel(), "gates"));
+  }
+  f.h_n = h_n.data_ptr();
+  (lstm ? lstm_forward : gru_forward)(f, s.dtype, plan, exchange.data_ptr(),
+                                      current_stream(weight));
+}
+
+void rnn_backward(int64_t cell, OptionalTensor grad_output, OptionalTensor grad_h_n,
+                  OptionalTensor grad_cells, Tensor weight, Tensor gates, Tensor output,
+                  OptionalTensor cells, OptionalTensor h0, OptionalTensor c0, Tensor grads,
+                  Tensor previous, Tensor carry, OptionalTensor grad_h0,
+                  std::vector<int64_t> layout_numbers, OptionalTensor lengths,
+                  OptionalTensor starts, OptionalTensor order, OptionalTensor resets,
+                  std::vector<int64_t> plan_numbers, Tensor exchange) {
+  const Sizes s = sizes_of(cell, weight);
+  const Layout layout = layout_of(layout_numbers);
+  const Plan plan = plan_of(plan_numbers);
+  const bool lstm = s.cell == Cell::kLstm;
+  Backward b{};
+  b.steps = steps_of(layout, s, weight, lengths, starts, order, resets);
+  check_plan(s, b.steps, plan, true, exchange);
+  const int64_t places = places_of(layout, starts, order), state = s.D * layout.B * s.H;
+  const auto at_places = [&](const OptionalTensor& t, const char* name) {
+    return given(t, weight, s.type, places * s.D * s.H, name);
+  };
+  const auto at_states = [&](const OptionalTensor& t, const char* name) {
+    return given(t, weight, s.type, state, name);
+  };
+  STD_TORCH_CHECK(lstm == cells.has_value(), "an LSTM has cells, a GRU has not");
+  STD_TORCH_CHECK(gates.numel() >= layout.rows * s.D * 4 * s.H, "gates is too small");
+  check(gates, weight, s.type, gates.numel(), "gates");
+  check(grads, weight, s.type, layout.rows * s.D * 4 * s.H, "grads");
+  check(previous, weight, s.type, layout.rows * s.D * s.H, "previous");
+  check(carry, weight, ScalarType::Float, state, "carry");
+  b.grad_output = at_places(grad_output, "grad_output");
+  b.grad_h_n = at_states(grad_h_n, "grad_h_n");
+  b.grad_cells = at_places(grad_cells, "grad_cells");
+  b.weight = weight.data_ptr();
+  b.gates = gates.data_ptr();
+  b.output = at_places(output, "output");
+  b.cells = at_places(cells, "cells");
+  b.h0 = at_states(h0, "h0");
+  b.c0 = at_states(c0, "c0");
+  b.grads = grads.data_ptr();
+  b.previous = previous.data_ptr();
+  b.carry = static_cast<float*>(carry.data_ptr());
+  b.grad_h0 = const_cast<void*>(at_states(grad_h0, "grad_h0"));
+  (lstm ? lstm_backward : gru_backward)(b, s.dtype, plan, exchange.data_ptr(),
+                                        current_stream(weight));
+}
+
+STABLE_TORCH_LIBRARY(encdec_fast_cuda, m) {
+  m.def(
+      "rnn_forward(int cell, Tensor products, Tensor weight, Tensor? bias, Tensor? h0, "
+      "Tensor(a!)? c, Tensor(b!) output, Tensor(c!)? cells, Tensor(d!)? gates, Tensor(e!) h_n, "
+      "int[] layout, Tensor? lengths, Tensor? starts, Tensor? order, Tensor? resets, "
+      "int[] plan, Tensor(f!) exchange) -> ()");
+  m.def(
+      "rnn_backward(int cell, Tensor? grad_output, Tensor? grad_h_n, Tensor? grad_cells, "
+      "Tensor weight, Tensor gates, Tensor output, Tensor? cells, Tensor? h0, Tensor? c0, "
+      "Tensor(a!) grads, Tensor(b!) previous, Tensor(c!) carry, Tensor(d!)? grad_h0, "
+      "int[] layout, Tensor? lengths, Tensor? starts, Tensor? order, Tensor? resets, "
+      "int[] plan, Tensor(e!) exchange) -> ()");
+}
+
+#ifdef ENCDEC_GPU_ON_CPU
+STABLE_TORCH_LIBRARY_IMPL(encdec_fast_cuda, CPU, m) {
+#else
+STABLE_TORCH_LIBRARY_IMPL(encdec_fast_cuda, CUDA, m) {
+#endif
+  m.impl("rnn_forward", TORCH_BOX(&rnn_forward));
+  m.impl("rnn_backward", TORCH_BOX(&rnn_backward));
+}
+
+}  // namespace encdec::rnn::gpu

@@ -1,0 +1,157 @@
+"""The `cuda` backend of lstm and gru: csrc/rnn/recurrence.cuh, all steps in one launch."""
+
+from __future__ import annotations
+
+from functools import cache, partial
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from encdec_fast.backends import Backend, library, requested_backend
+from encdec_fast.ops import _recurrent_gpu
+from encdec_fast.ops._call import CELLS, GATES, RecurrentCall, State
+from encdec_fast.ops._cpu import unsuited
+from encdec_fast.ops._recurrent_gpu import Sequences
+
+_FORMATS = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
+
+
+class Limits(NamedTuple):
+    """What a device has for one kernel.
+
+    capability: 10 * major + minor. shared_bytes: that a block may ask for. cluster: blocks of the
+    largest cluster, 0 where there are none.
+    """
+
+    capability: int
+    processors: int
+    shared_bytes: int
+    cluster: int
+
+
+# What the kernels' tests on a CPU pretend: small, so that small layers are cut.
+ON_CPU = Limits(90, 12, 96 << 10, 4)
+
+
+@cache
+def limits(device: int) -> Limits:
+    """Of the CUDA device of that number; -1: of the CPU that runs the kernels' tests."""
+    if device < 0:
+        return ON_CPU
+    has = torch.cuda.get_device_properties(device)
+    capability = 10 * has.major + has.minor
+    # Sixteen blocks is beyond what every device of 9.0 promises, and what those made so far have;
+    # the Blackwell of desktops (12.x) has eight.
+    cluster = 0 if has.major < 9 else 8 if has.major >= 12 else 16
+    shared: int = has.shared_memory_per_block_optin  # type: ignore[attr-defined]
+    return Limits(capability, has.multi_processor_count, shared, cluster)
+
+
+class Plan(NamedTuple):
+    """How a recurrence is cut; csrc/rnn/rnn_gpu.h. numbers: empty where there is no plan."""
+
+    numbers: list[int]
+    exchange_bytes: int
+    text: str
+
+
+@cache
+def plan_of(
+    kind: str, dtype: torch.dtype, backward: bool, B: int, H: int, D: int, device: Limits
+) -> Plan:
+    sizes = (CELLS[kind], _FORMATS[dtype], backward, B, H, D)
+    assert library.extension is not None
+    return Plan(*library.extension.rnn_gpu_plan(*sizes, *device))
+
+
+def why_not(call: RecurrentCall) -> list[str]:
+    reasons = library.cuda_reasons(call.device, requested_backend() == "cuda")
+    reasons += unsuited(call) + _recurrent_gpu.unsuited(call, "cuda")
+    if call.ragged == "step":
+        reasons.append("a single step leaves nothing to keep")
+    if not reasons and call.recurrence is not None:
+        B, H, device = call.recurrence
+        for backward in (False, True) if call.training else (False,):
+            sizes = (call.kind, call.dtype, backward, B, H, call.directions)
+            found = plan_of(*sizes, limits(device))
+            if not found.numbers:
+                reasons.append(("in backward " if backward else "") + found.text)
+    return reasons
+
+
+def plan(call: RecurrentCall) -> str:
+    """How the kernels would be cut, in words."""
+    if call.recurrence is None:
+        return ""
+    B, H, device = call.recurrence
+    lines = []
+    for backward in (False, True) if call.training else (False,):
+        sizes = (call.kind, call.dtype, backward, B, H, call.directions)
+        lines.append("backward:" if backward else "forward:")
+        lines += ["  " + line for line in plan_of(*sizes, limits(device)).text.splitlines()]
+    return "\n".join(lines)
+
+
+def _cut(
+    call: RecurrentCall, backward: bool, weight: Tensor, sequences: Sequences
+) -> tuple[Any, ...]:
+    """What both ops take at their end: the layout, how sequences lie, the plan, the exchange."""
+    device = weight.get_device()
+    sizes = (call.kind, weight.dtype, backward, sequences.B, weight.shape[2], weight.shape[0])
+    found = plan_of(*sizes, limits(device))
+    if not found.numbers:
+        raise RuntimeError(f"{call.kind}: {found.text}")
+    T, B, rows, step, sequence, lengths, starts, *_ = sequences
+    exchange = torch.zeros(found.exchange_bytes, dtype=torch.uint8, device=weight.device)
+    resets = None
+    layout = [T, B, rows, step, sequence]
+    return layout, lengths, starts, sequences.order, resets, found.numbers, exchange
+
+
+def _whole_quads(weight: Tensor) -> Tensor:
+    """Rows of a multiple of 8 numbers, with zeros at their ends: what the kernel reads at once."""
+    missing = -weight.shape[2] % 8
+    return functional.pad(weight, (0, missing)) if missing else weight
+
+
+class _Kernels:
+    """`_recurrent_gpu.Kernels` in CUDA C++."""
+
+    @staticmethod
+    def forward(
+        call: RecurrentCall, products: Tensor, weight: Tensor, bias: State, *rest: Any
+    ) -> None:
+        *tensors, sequences = rest
+        cut = _cut(call, False, weight, sequences)
+        forward = torch.ops.encdec_fast_cuda.rnn_forward
+        forward(CELLS[call.kind], products, _whole_quads(weight), bias, *tensors, *cut)
+
+    @staticmethod
+    def backward(
+        call: RecurrentCall,
+        grad_output: State,
+        grad_h_n: State,
+        grad_cells: State,
+        weight: Tensor,
+        *rest: Any,
+    ) -> None:
+        *tensors, sequences = rest
+        cut = _cut(call, True, weight, sequences)
+        D, H = weight.shape[0], weight.shape[2]
+        # The kernel reads rows: those of a unit are its columns in each gate's matrix.
+        turned = weight.view(D, GATES[call.kind], H, H).transpose(2, 3).contiguous()
+        grads = (grad_output, grad_h_n, grad_cells)
+        backward = torch.ops.encdec_fast_cuda.rnn_backward
+        turned = _whole_quads(turned.view_as(weight))
+        backward(CELLS[call.kind], *grads, turned, *tensors, *cut)
+
+
+INFERENCE = Backend("cuda", partial(_recurrent_gpu.run, _Kernels), why_not)
+TRAINING = Backend(
+    "cuda",
+    partial(_recurrent_gpu.train, _Kernels),
+    why_not,
+    backward=partial(_recurrent_gpu.backward, _Kernels),
+)
