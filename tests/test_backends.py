@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import skip_without_native
+from conftest import CUDA_ON_CPU, skip_without_native
 from helpers import KINDS, OURS, THEIRS
 
 import encdec_fast
@@ -199,7 +199,8 @@ def test_backward_runs_where_forward_ran() -> None:
 
 def test_status() -> None:
     names = [line.name for line in status()]
-    assert names == ["libencdec_ops", "encdec_fast._C"]
+    cuda = ["libencdec_ops_cuda"] if torch.version.cuda or CUDA_ON_CPU.exists() else []
+    assert names == ["libencdec_ops", "encdec_fast._C", *cuda]
     for line in status():
         assert line.loaded or (line.reason and line.hint)
 
@@ -242,5 +243,28 @@ with torch.no_grad():
     encdec_fast.optimize(ours, weight_dtype="int8")(x)
     encdec_fast.nn.GRUCell(3, 5)(x[0])
 """
-    result = python(code, tmp_path)
+    result = python(code, tmp_path, ENCDEC_FAST_CUDA_ON_CPU="")
+    assert result.returncode == 0, result.stderr
+
+
+def test_cuda_kernels_beside_a_torch_without_cuda(tmp_path: Path) -> None:
+    """The CUDA wheel beside a torch without CUDA: one clear line, and all else works."""
+    skip_without_native()
+    if torch.version.cuda is not None:
+        pytest.skip("this torch has CUDA")
+    copy = tmp_path / "encdec_fast"
+    shutil.copytree(PACKAGE, copy, ignore=shutil.ignore_patterns("__pycache__"))
+    (copy / "lib" / "libencdec_ops_cuda.so").write_bytes(b"never to be opened")
+    code = """
+import torch, encdec_fast
+from encdec_fast.backends import status
+assert encdec_fast.__file__.startswith(%r)
+cuda = status()[-1]
+assert cuda.name == "libencdec_ops_cuda" and not cuda.loaded
+assert f"torch {torch.__version__} is a build without CUDA" in cuda.reason, cuda
+assert "CUDA build of torch" in cuda.hint
+explanation = encdec_fast.explain(encdec_fast.nn.LSTM(3, 5), torch.randn(4, 2, 3))
+assert explanation.backend == "cpu" and cuda.reason in explanation.reasons["cuda"][0]
+"""
+    result = python(code % str(tmp_path), tmp_path, ENCDEC_FAST_CUDA_ON_CPU="")
     assert result.returncode == 0, result.stderr
