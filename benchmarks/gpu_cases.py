@@ -6,6 +6,7 @@ and then brought to a device and a dtype, so that every contender starts from th
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import importlib.util
 from collections.abc import Callable, Iterator, Sequence
@@ -30,7 +31,9 @@ class GpuCase:
     is bound by memory, the numbers that it reads and writes at least. bars: (peer, how many times
     faster than the fastest whose name begins so) or ("copy", part of a copy's bandwidth), or
     ("<peer> alone", the same where no other peer with that first word takes the call). trains:
-    whether it has gradients, which are then part of what is compared and timed.
+    whether it has gradients, which are then part of what is compared and timed. backend: whose
+    kernels. around: entered while they run. judge: the backend that others must agree with before
+    they are timed.
     """
 
     op: str
@@ -42,20 +45,25 @@ class GpuCase:
     numbers_moved: int = 0
     bars: tuple[tuple[str, float], ...] = ()
     trains: bool = True
+    backend: str = "triton"
+    around: Callable[[], contextlib.AbstractContextManager[Any]] = contextlib.nullcontext
+    judge: str = "reference"
 
     @property
     def id(self) -> str:
         return f"{self.op}, {self.name}"
 
-    def leaves(self, seed: int = 0) -> list[Tensor]:
-        """Numbers from a seed, float64 on the CPU; matrices have the scale of a layer's."""
-        generator = torch.Generator().manual_seed(seed)
+    def leaves(self, seed: int = 0, device: torch.device | None = None) -> list[Tensor]:
+        """Numbers from a seed: float64 on the CPU, or float32 on the device, for large ones."""
+        generator = torch.Generator("cpu" if device is None else device).manual_seed(seed)
+        dtype = torch.float64 if device is None else torch.float32
         return [
-            torch.randn(shape, generator=generator, dtype=torch.float64) for shape in self.shapes
+            torch.randn(shape, generator=generator, dtype=dtype, device=device)
+            for shape in self.shapes
         ]
 
 
-def _recurrent(kind: str, T: int, B: int, I: int, H: int, both: bool, **options: Any) -> GpuCase:
+def recurrent(kind: str, T: int, B: int, I: int, H: int, both: bool, **options: Any) -> GpuCase:
     gates, directions = {"lstm": 4, "gru": 3, "rnn": 1}[kind], 2 if both else 1
     own = ((gates * H, I), (gates * H, H), (gates * H,), (gates * H,))
     states = (2 if kind == "lstm" else 1) * ((directions, B, H),) if options.pop("states") else ()
@@ -111,7 +119,7 @@ def _flash_rnn(
     return [h, h[-1:], c[-1:]]
 
 
-def _lengths(most: int, count: int) -> list[int]:
+def lengths_of(most: int, count: int) -> list[int]:
     """From 1 to `most`, in no order, with both."""
     return [most, 1, *(1 + (7 * i * i + 3 * i) % most for i in range(count - 2))][:count]
 
@@ -303,10 +311,10 @@ def _cached_attention(R: int, H: int, D: int, P: int, place: int, bias: bool = F
 def parity_cases() -> Iterator[GpuCase]:
     """Every op with its options, at sizes that fill no tile and at some that do."""
     for kind in ("lstm", "gru", "rnn"):
-        yield _recurrent(kind, 5, 3, 4, 33, False, states=False)
-        yield _recurrent(kind, 6, 19, 16, 64, True, states=True, lengths=_lengths(6, 19))
-    yield _recurrent("lstm", 3, 70, 8, 16, False, states=True, lengths=_lengths(3, 70))
-    lengths = _lengths(70, 2)
+        yield recurrent(kind, 5, 3, 4, 33, False, states=False)
+        yield recurrent(kind, 6, 19, 16, 64, True, states=True, lengths=lengths_of(6, 19))
+    yield recurrent("lstm", 3, 70, 8, 16, False, states=True, lengths=lengths_of(3, 70))
+    lengths = lengths_of(70, 2)
     sizes = (2, 4, 2, 33, 70, 40)
     yield _attention("all keys", *sizes)
     yield _attention("lengths", *sizes, memory_lengths=lengths)
@@ -314,9 +322,9 @@ def parity_cases() -> Iterator[GpuCase]:
     yield _attention("causal", 2, 4, 4, 65, 65, 64, causal=True)
     yield _attention("weights", *sizes, need_weights=True, memory_lengths=lengths)
     yield _attention("mean weights", *sizes, need_weights=True, average_weights=True)
-    yield _attention("one query", 2, 4, 2, 1, 300, 64, memory_lengths=_lengths(300, 2))
+    yield _attention("one query", 2, 4, 2, 1, 300, 64, memory_lengths=lengths_of(300, 2))
     yield _additive("all keys", 2, 5, 33, 40)
-    yield _additive("lengths", 2, 5, 33, 40, memory_lengths=_lengths(33, 2))
+    yield _additive("lengths", 2, 5, 33, 40, memory_lengths=lengths_of(33, 2))
     yield _additive("weights", 2, 5, 33, 64, need_weights=True)
     for activation in ("relu", "gelu", "gelu_tanh", "silu"):
         yield _linear(5, 40, 17, activation, None)
@@ -339,12 +347,12 @@ def speed_cases() -> Iterator[GpuCase]:
     yield _additive("all keys", 64, 64, 256, 512)
     for D in (64, 128):
         yield _attention("all keys", 16, 16, 16, 512, 512, D)
-        yield _attention("lengths", 16, 16, 16, 512, 512, D, memory_lengths=_lengths(512, 16))
+        yield _attention("lengths", 16, 16, 16, 512, 512, D, memory_lengths=lengths_of(512, 16))
         yield _attention("bias", 16, 16, 16, 512, 512, D, bias=True)
-    yield _attention("one query", 32, 16, 16, 1, 1024, 64, memory_lengths=_lengths(1024, 32))
+    yield _attention("one query", 32, 16, 16, 1, 1024, 64, memory_lengths=lengths_of(1024, 32))
     for kind, H in (("gru", 128), ("gru", 512), ("lstm", 128), ("lstm", 512)):
-        yield _recurrent(kind, 50, 32, H, H, False, states=False)
-        yield _recurrent(kind, 50, 32, H, H, False, states=False, lengths=_lengths(50, 32))
+        yield recurrent(kind, 50, 32, H, H, False, states=False)
+        yield recurrent(kind, 50, 32, H, H, False, states=False, lengths=lengths_of(50, 32))
     yield _linear(8192, 2048, 512, "gelu", None)
     yield _linear(8192, 512, 2048, None, "layer")
     yield _bridge(4096, 512, 512)

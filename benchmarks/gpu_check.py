@@ -4,15 +4,20 @@
     python -m benchmarks.gpu_check --part parity --op lstm gru
     python -m benchmarks.gpu_check --part speed --budget 120 --save NAME
 
-parity  Each op with its options on the Triton kernels, results and gradients in each dtype, against
-        the reference in float64: at most twice the error of plain PyTorch in that dtype (three
-        times for gradients), and four roundings of the largest number.
+parity  Each op with its options on the Triton and CUDA kernels, results and gradients in each
+        dtype, against the reference in float64: at most twice the error of plain PyTorch in that
+        dtype (three times for gradients), and four roundings of the largest number.
 speed   Each op, forward and backward, beside its peers, which must agree with it first.
+recurrence  LSTM and GRU in CUDA C++ on a grid of sizes, beside cuDNN and FlashRNN, and under
+        compute-sanitizer (benchmarks/gpu_recurrence.py).
 generation  Searches on the GPU: the same tokens as on the CPU; a step, and a call beside
         transformers' (benchmarks/gpu_generation.py).
 
-Writes benchmarks/results/<gpu>-<date>.json and .md. Without a GPU, `--device cpu` runs parity in
-Triton's interpreter. Exit codes: 0, 1 if something is wrong, 2 wrong arguments, 130 interrupted.
+Writes benchmarks/results/<gpu>-<date>.json and .md. Without a GPU, `--device cpu` runs parity: of
+Triton's kernels in its interpreter, of CUDA's where ENCDEC_FAST_CUDA_ON_CPU names a library that
+runs them on the CPU (`make test` builds it).
+
+Exit codes: 0, 1 if something is wrong, 2 wrong arguments, 130 interrupted.
 """
 
 from __future__ import annotations
@@ -26,7 +31,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from datetime import datetime, timezone
 from typing import Any
 
@@ -34,13 +39,14 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
-from benchmarks import gpu_generation
+from benchmarks import gpu_generation, gpu_recurrence
 from benchmarks.gpu_cases import GpuCase, on, parity_cases, speed_cases
 from benchmarks.results import NAME, RESULTS
 from benchmarks.tables import Grid, time_text
 from encdec_fast import use_backend
+from encdec_fast.backends import BackendRefused, library
 
-PARTS = ("parity", "speed", "generation")
+PARTS = ("parity", "speed", "recurrence", "generation")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 BUDGET_S = 480.0  # of both parts: with starting and compiling below nine minutes
 ROUNDS = 5
@@ -85,7 +91,7 @@ def _parity(case: GpuCase, dtype: torch.dtype, device: torch.device) -> float:
     with use_backend("reference"):
         exact = results(case.run, on(leaves[0].device, torch.float64, leaves, case.trains))
         plain = results(case.run, on(device, dtype, leaves, case.trains))
-    with use_backend("triton"):
+    with use_backend(case.backend), case.around():
         ours = results(case.run, on(device, dtype, leaves, case.trains))
     worst, count = 0.0, len(exact) - (len(leaves) if case.trains else 0)
     sizes = [true.detach().abs().max().item() for true in exact]
@@ -150,12 +156,12 @@ def _timed(call: Callable[[], object], count: int, device: torch.device) -> floa
 
 def _speed(case: GpuCase, dtype: str, device: torch.device) -> Line:
     line = Line("speed", case.id, dtype)
-    leaves = on(device, DTYPES[dtype], case.leaves(), case.trains)
-    with use_backend("reference"):
+    leaves = on(device, DTYPES[dtype], case.leaves(device=device), case.trains)
+    with use_backend(case.judge):
         right = [r.detach() for r in results(case.run, leaves)]
 
     def ours(*given: Tensor) -> Any:
-        with use_backend("triton"):
+        with use_backend(case.backend), case.around():
             return case.run(*given)
 
     calls: dict[str, Callable[[], object]] = {}
@@ -196,18 +202,31 @@ def _copy_rate(device: torch.device) -> float:
     return 2 * block.numel() * block.element_size() / seconds
 
 
+def _cases(part: str, device: torch.device) -> Iterator[GpuCase]:
+    if part == "speed":
+        yield from speed_cases()
+        return
+    yield from parity_cases()
+    if device.type == "cuda" or not library.cuda_reasons("cpu", True):
+        yield from gpu_recurrence.parity_cases()
+
+
 def run(
-    parts: Sequence[str], names: Sequence[str] | None, device: torch.device, budget_s: float
+    parts: Sequence[str],
+    names: Sequence[str] | None,
+    device: torch.device,
+    budget_s: float,
+    backend: str | None = None,
 ) -> Iterator[Line]:
     """Lines one by one; cases that the budget has no time for are left out, and say so."""
     end = time.monotonic() + budget_s
     for part in parts:
-        if part == "generation":
+        if part in ("generation", "recurrence"):
             if not names or part in names:
-                yield from _generation(device, end)
+                yield from (_generation if part == "generation" else _recurrence)(device, end)
             continue
-        for case in parity_cases() if part == "parity" else speed_cases():
-            if names and case.op not in names:
+        for case in _cases(part, device):
+            if (names and case.op not in names) or backend not in (None, case.backend):
                 continue
             dtypes = case.dtypes if part == "parity" else case.dtypes[:2]
             for dtype in dtypes:
@@ -221,6 +240,42 @@ def run(
                         yield _speed(case, dtype, device)
                 except Exception as error:
                     yield Line(part, case.id, dtype, problem=_said(error))
+
+
+def _recurrence(device: torch.device, end: float) -> Iterator[Line]:
+    """The grid of recurrences, its means, and the sanitizer; on a GPU only."""
+    if device.type != "cuda":
+        return
+    ratios = []
+    for point in gpu_recurrence.points():
+        line = Line("speed", point.case.id, point.dtype)
+        if time.monotonic() > end:
+            line.problem = _NO_TIME
+            yield line
+            continue
+        try:
+            try:
+                line = _speed(point.case, point.dtype, device)
+            except BackendRefused:  # the planner: what serves the call then is what counts
+                line = _speed(replace(point.case, backend="triton"), point.dtype, device)
+                line.case += " (Triton: the planner refuses)"
+            if "torch" in line.seconds:
+                own = line.seconds["encdec_fast"]
+                ratios.append((point, line.seconds["torch"] / own))
+                if point.is_step_bar:
+                    wanted = gpu_recurrence.STEPS_A_SECOND
+                    line.bars["steps a second"] = wanted, point.steps / own
+        except Exception as error:
+            line.problem = _said(error)
+        yield line
+    if ratios:
+        name = f"recurrence, means of {len(ratios)} points"
+        yield Line("speed", name, "all", bars=gpu_recurrence.means(ratios))
+    for tool in gpu_recurrence.TOOLS if gpu_recurrence.has_sanitizer() else ():
+        line = Line("parity", f"recurrence under compute-sanitizer {tool}", "all", worst=0.0)
+        left = end - time.monotonic()
+        line.problem = gpu_recurrence.sanitize(tool, left) if left > 30 else _NO_TIME
+        yield line
 
 
 def _generation(device: torch.device, end: float) -> Iterator[Line]:
@@ -321,17 +376,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """The command line; returns the exit code."""
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.gpu_check",
-        description="Are the Triton kernels right on this GPU, and how fast beside their peers?",
+        description="Are the kernels right on this GPU, and how fast beside their peers?",
         epilog="exit codes: 0 all right, 1 something is wrong, 2 wrong arguments, 130 interrupted",
     )
     parser.add_argument("--part", nargs="+", choices=PARTS, default=list(PARTS))
     parser.add_argument("--op", nargs="+", help="only these ops")
+    parser.add_argument("--backend", choices=("cuda", "triton"), help="only kernels of this one")
     parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"))
     parser.add_argument("--budget", type=float, default=BUDGET_S, metavar="S", help="seconds")
     parser.add_argument("--save", metavar="NAME", help="in place of <gpu>-<date>")
     given = list(sys.argv[1:] if arguments is None else arguments)
     options = parser.parse_args(given)
-    known = {case.op for case in (*parity_cases(), *speed_cases())} | {"generation"}
+    known = {case.op for case in (*parity_cases(), *speed_cases())}
+    known |= {"generation", "recurrence"}
     if unknown := set(options.op or ()) - known:
         parser.error(f"no such op: {', '.join(unknown)}; there are {', '.join(sorted(known))}")
     if options.save and not NAME.fullmatch(options.save):
@@ -347,7 +404,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     lines: list[Line] = []
     console, code = Console(stderr=True), 0
     try:
-        for line in run(options.part, options.op, device, options.budget):
+        for line in run(options.part, options.op, device, options.budget, options.backend):
             lines.append(line)
             state = "right" if line.right else f"WRONG {line.problem or f'{line.worst:.1f}'}"
             said = f"{line.part:7} {line.case} {line.dtype}: {state}"

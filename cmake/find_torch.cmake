@@ -19,9 +19,11 @@ endif()
 function(encdec_torch_library target)
   target_include_directories(${target} SYSTEM PRIVATE ${ENCDEC_TORCH}/include)
   target_compile_definitions(${target} PRIVATE TORCH_TARGET_VERSION=0x020a000000000000)
-  # torch is loaded before this library, so its SONAMEs are enough: no path to it is stored.
+  # torch is loaded before this library, so its SONAMEs are enough. The path to it, as it lies beside
+  # an installed encdec_fast, is for tools such as ldd and auditwheel.
   target_link_libraries(${target} PRIVATE encdec_core ${ENCDEC_TORCH}/lib/libtorch.so
                         ${ENCDEC_TORCH}/lib/libtorch_cpu.so ${ENCDEC_TORCH}/lib/libc10.so)
   target_link_options(${target} PRIVATE -Wl,--as-needed)
-  set_target_properties(${target} PROPERTIES BUILD_WITH_INSTALL_RPATH ON INSTALL_RPATH "$ORIGIN")
+  set_target_properties(${target} PROPERTIES BUILD_WITH_INSTALL_RPATH ON
+                        INSTALL_RPATH "$ORIGIN;$ORIGIN/../../torch/lib")
 endfunction()

@@ -47,7 +47,7 @@ def rnn_gpu_plan(
     processors: int,
     shared_bytes: int,
     cluster: int,
-) -> tuple[list[int], int, str]: ...
+) -> tuple[list[int], int, str, str]: ...
 
 # The generation engine (csrc/python/generation.cpp). A matrix: (address, dtype, rows, columns,
 # elements from row to row).

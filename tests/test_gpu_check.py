@@ -11,9 +11,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from benchmarks import gpu_cases, gpu_check, gpu_generation
+from benchmarks import gpu_cases, gpu_check, gpu_generation, gpu_recurrence
 from benchmarks.gpu_cases import GpuCase
-from encdec_fast.ops import _triton
+from encdec_fast.ops import _recurrent_cuda, _triton
 
 
 @pytest.fixture
@@ -190,6 +190,36 @@ def test_without_a_gpu(capfd: pytest.CaptureFixture[str]) -> None:
         gpu_check.main([])
     assert stopped.value.code == 2
     assert "there is no GPU here" in capfd.readouterr().err
+
+
+def test_recurrences(
+    check: Callable[..., int],
+    cuda_kernels: None,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    """The CUDA kernels in each form; a planner without clusters has none."""
+    assert check("--part", "parity", "--backend", "cuda") == 0
+    shown = capfd.readouterr().err
+    assert shown.count(": right") == 2 * 2 * 4 * 3 and "WRONG" not in shown
+    limits = _recurrent_cuda.limits(-1)
+    assert limits.cluster > 0
+    with gpu_recurrence.without_clusters():
+        assert _recurrent_cuda.limits(-1) == limits._replace(cluster=0)
+    monkeypatch.setattr(_recurrent_cuda, "_whole_quads", lambda weight: weight.flip(2))
+    assert check("--part", "parity", "--backend", "cuda", "--op", "gru") == 1
+    assert "WRONG" in capfd.readouterr().err
+
+
+def test_points_of_the_grid() -> None:
+    """Every size and dtype of the bars once; means are of what they say."""
+    points = list(gpu_recurrence.points())
+    assert len({(p.case.id, p.dtype) for p in points}) == len(points) == 2 * 2 * 3 * 3 * 4 * 5
+    assert sum(p.is_step_bar for p in points) == 3  # one for each T
+    found = gpu_recurrence.means([(p, 4.0 if p.backward else 2.0) for p in points])
+    assert {name: value for name, (_, value) in found.items()} == pytest.approx(
+        dict(zip(found, (2.0, 4.0, 2.0), strict=True))
+    )
 
 
 def test_every_op_is_there() -> None:

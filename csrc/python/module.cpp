@@ -72,8 +72,8 @@ std::string rnn_plan(int cell, int64_t steps, int64_t rows, int64_t batch, int64
 }
 
 // (the plan as rnn_forward of libencdec_ops_cuda.so takes it, empty if there is none; bytes that a
-// launch exchanges; the plan in words, or why there is none)
-std::tuple<std::vector<int64_t>, int64_t, std::string> rnn_gpu_plan(
+// launch exchanges; the plan in words, or why there is none; why something else should be faster)
+std::tuple<std::vector<int64_t>, int64_t, std::string, std::string> rnn_gpu_plan(
     int cell, const std::string& format, bool backward, int batch, int hidden_size, int directions,
     int capability, int processors, int shared_bytes, int cluster) {
   using namespace encdec::rnn;
@@ -82,11 +82,11 @@ std::tuple<std::vector<int64_t>, int64_t, std::string> rnn_gpu_plan(
   gpu::Plan p;
   std::string why_not;
   if (!gpu::make_plan(shape, {capability, processors, shared_bytes, cluster}, p, why_not)) {
-    return {{}, 0, why_not};
+    return {{}, 0, why_not, {}};
   }
   return {{p.cluster, p.tile, p.blocks, p.row_groups, p.k_groups, p.chunk, p.slice, p.launch},
           gpu::exchange_bytes(shape, p),
-          gpu::describe(shape, p)};
+          gpu::describe(shape, p), gpu::slower(shape, p)};
 }
 
 }  // namespace
@@ -115,7 +115,8 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
   m.def("rnn_gpu_plan", &rnn_gpu_plan, py::arg("cell"), py::arg("format"), py::arg("backward"),
         py::arg("batch"), py::arg("hidden_size"), py::arg("directions"), py::arg("capability"),
         py::arg("processors"), py::arg("shared_bytes"), py::arg("cluster"),
-        "How the cuda backend would cut a recurrence: (plan, bytes to exchange, words). The plan\n"
-        "is empty where there is none, and the words then say why.");
+        "How the cuda backend would cut a recurrence: (plan, bytes to exchange, words, why\n"
+        "something else should be faster). The plan is empty where there is none, and the words\n"
+        "then say why.");
   encdec::generation::bind(m);
 }

@@ -166,6 +166,9 @@ bool make_plan(const Shape& shape, const Limits& limits, Plan& plan, std::string
 // Whether a plan may be launched, whoever made it; else why not.
 std::string refuse(const Shape& shape, const Limits& limits, const Plan& plan);
 
+// Why steps whose weights are read anew should be faster than the plan's; empty where they are not.
+std::string slower(const Shape& shape, const Plan& plan);
+
 // What runs, in words.
 std::string describe(const Shape& shape, const Plan& plan);
 

@@ -155,17 +155,19 @@ bool make_plan(const Shape& shape, const Limits& limits, Plan& best, std::string
       }
     }
   }
-  if (!found) return false;
-  why_not.clear();
+  if (found) why_not.clear();
+  return found;
+}
+
+std::string slower(const Shape& shape, const Plan& plan) {
   const double launched = predict_launched(shape);
-  if (best.microseconds <= launched) return true;
+  if (plan.microseconds <= launched) return {};
   char text[160];
   std::snprintf(text, sizeof text,
                 "a step should take %.1f microseconds, more than the %.1f of one that reads its "
                 "weights again",
-                best.microseconds, launched);
-  why_not = text;
-  return false;
+                plan.microseconds, launched);
+  return text;
 }
 
 std::string describe(const Shape& shape, const Plan& plan) {

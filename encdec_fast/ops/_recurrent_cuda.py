@@ -50,11 +50,16 @@ def limits(device: int) -> Limits:
 
 
 class Plan(NamedTuple):
-    """How a recurrence is cut; csrc/rnn/rnn_gpu.h. numbers: empty where there is no plan."""
+    """How a recurrence is cut; csrc/rnn/rnn_gpu.h.
+
+    numbers: empty where there is no plan. text: the plan, or why there is none. slower: why
+    something else should be faster; empty where nothing should.
+    """
 
     numbers: list[int]
     exchange_bytes: int
     text: str
+    slower: str
 
 
 @cache
@@ -76,8 +81,9 @@ def why_not(call: RecurrentCall) -> list[str]:
         for backward in (False, True) if call.training else (False,):
             sizes = (call.kind, call.dtype, backward, B, H, call.directions)
             found = plan_of(*sizes, limits(device))
-            if not found.numbers:
-                reasons.append(("in backward " if backward else "") + found.text)
+            against = found.text if not found.numbers else found.slower
+            if against and (not found.numbers or requested_backend() != "cuda"):
+                reasons.append(("in backward " if backward else "") + against)
     return reasons
 
 
