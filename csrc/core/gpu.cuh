@@ -5,8 +5,8 @@
 //
 //   sync_block, sync_threads_of, shuffle_xor               within a block
 //   sync_cluster, store_async, Mbarrier                    within a cluster (9.0 and newer)
-//   store_released, fence, add, wait_for                   through L2, between any blocks of a
-//   launch copy_async, wait_for_copies                            global to shared memory, past L1
+//   store_released, load_released, fence, add, wait_for    between all blocks, through L2
+//   copy_async, wait_for_copies                            global to shared memory, past L1
 //   multiply                                               one tile on tensor cores
 //
 // Memory model: PTX ISA, "Memory Consistency Model"; clusters: "mbarrier", "st.async".
@@ -30,6 +30,7 @@ struct alignas(16) Quad {
 };
 
 constexpr int kWarp = 32;
+constexpr float kInfinity = __builtin_huge_valf();
 
 }  // namespace encdec::gpu
 
@@ -79,6 +80,7 @@ __device__ inline Float16 from_float<Float16>(float x) {
 
 // Both within 2e-7 of the function; NaN stays.
 __device__ inline float sigmoid(float x) { return __fdividef(1.0f, 1.0f + __expf(-x)); }
+__device__ inline float exponential(float x) { return __expf(x); }
 __device__ inline float tanh(float x) {
   const float e = __expf(-2.0f * fabsf(x));
   return copysignf(__fdividef(1.0f - e, 1.0f + e), x);
@@ -116,6 +118,26 @@ __device__ inline void store_released(Quad* to, Quad value) {
   asm volatile("st.global.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(to), "r"(value.word[0]),
                "r"(value.word[1]), "r"(value.word[2]), "r"(value.word[3])
                : "memory");
+}
+
+__device__ inline void store_released(float* to, float value) {
+  asm volatile("st.global.f32 [%0], %1;" ::"l"(to), "f"(value) : "memory");
+}
+
+// What another block has released and this one has acquired; past L1.
+__device__ inline float load_released(const float* from) {
+  float value;
+  asm volatile("ld.global.cg.f32 %0, [%1];" : "=f"(value) : "l"(from) : "memory");
+  return value;
+}
+
+// Of what is read once, and written by nobody while the kernel runs.
+__device__ inline Quad load_streamed(const void* from) {
+  Quad q;
+  asm("ld.global.nc.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
+      : "=r"(q.word[0]), "=r"(q.word[1]), "=r"(q.word[2]), "=r"(q.word[3])
+      : "l"(from));
+  return q;
 }
 
 // Releases what was stored before it, to all blocks.

@@ -1,22 +1,13 @@
 // torch's side of the recurrences for GPUs: check, launch. encdec_fast/ops/_recurrent_gpu.py has
 // made the products with the input and every tensor; what is checked here is what a kernel would
 // read or write out of bounds for.
-#include "core/torch_tensor.h"
+#include "core/cuda_tensor.h"
 #include "rnn/rnn_gpu.h"
 
 namespace encdec::rnn::gpu {
 namespace {
 
 using OptionalTensor = std::optional<Tensor>;
-
-// The stream that torch launches on for this device; nothing where the kernels run on the CPU.
-void* current_stream([[maybe_unused]] const Tensor& like) {
-  void* stream = nullptr;
-#ifndef ENCDEC_GPU_ON_CPU
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(like.get_device(), &stream));
-#endif
-  return stream;
-}
 
 // Where the rows lie: numbers of the call, as encdec_fast/ops/_recurrent_gpu.py gives them.
 struct Layout {
@@ -38,19 +29,10 @@ Plan plan_of(const std::vector<int64_t>& numbers) {
   return p;
 }
 
-// A tensor that the kernel indexes by itself: on the call's device, contiguous, of this size.
-void check(const Tensor& t, const Tensor& like, ScalarType type, int64_t numel, const char* name) {
-  STD_TORCH_CHECK(t.get_device() == like.get_device() && t.is_cuda() == like.is_cuda(), name,
-                  " must be on the device of the others");
-  STD_TORCH_CHECK(t.is_contiguous() && t.scalar_type() == type && t.numel() == numel, name,
-                  " must be contiguous, of the layer's dtype and have ", numel, " numbers, got ",
-                  t.numel());
-}
-
 const void* given(const OptionalTensor& t, const Tensor& like, ScalarType type, int64_t numel,
                   const char* name) {
   if (!t) return nullptr;
-  check(*t, like, type, numel, name);
+  check_device_tensor(*t, like, type, numel, name);
   return t->data_ptr();
 }
 
@@ -70,7 +52,7 @@ Sizes sizes_of(int64_t cell, const Tensor& weight) {
           weight.size(2) == round_up(H, kRowMultiple),
       "weight must have the shape (directions, gates * H, H filled up to a multiple of ",
       kRowMultiple, ")");
-  check(weight, weight, weight.scalar_type(), weight.numel(), "weight");
+  check_device_tensor(weight, weight, weight.scalar_type(), weight.numel(), "weight");
   return {static_cast<Cell>(cell), weight.size(0), H, G, weight.scalar_type(), format_of(weight)};
 }
 
@@ -134,9 +116,10 @@ void rnn_forward(int64_t cell, Tensor products, Tensor weight, OptionalTensor bi
   f.steps = steps_of(layout, s, weight, lengths, starts, order, resets);
   check_plan(s, f.steps, plan, false, exchange);
   const int64_t places = places_of(layout, starts, order), state = s.D * layout.B * s.H;
-  check(products, weight, ScalarType::Float, layout.rows * s.D * s.G * s.H, "products");
-  check(output, weight, s.type, places * s.D * s.H, "output");
-  check(h_n, weight, s.type, state, "h_n");
+  check_device_tensor(products, weight, ScalarType::Float, layout.rows * s.D * s.G * s.H,
+                      "products");
+  check_device_tensor(output, weight, s.type, places * s.D * s.H, "output");
+  check_device_tensor(h_n, weight, s.type, state, "h_n");
   STD_TORCH_CHECK(lstm == c.has_value(), "an LSTM has c, a GRU has not");
   f.products = static_cast<const float*>(products.data_ptr());
   f.weight = weight.data_ptr();
@@ -177,10 +160,10 @@ void rnn_backward(int64_t cell, OptionalTensor grad_output, OptionalTensor grad_
   };
   STD_TORCH_CHECK(lstm == cells.has_value(), "an LSTM has cells, a GRU has not");
   STD_TORCH_CHECK(gates.numel() >= layout.rows * s.D * 4 * s.H, "gates is too small");
-  check(gates, weight, s.type, gates.numel(), "gates");
-  check(grads, weight, s.type, layout.rows * s.D * 4 * s.H, "grads");
-  check(previous, weight, s.type, layout.rows * s.D * s.H, "previous");
-  check(carry, weight, ScalarType::Float, state, "carry");
+  check_device_tensor(gates, weight, s.type, gates.numel(), "gates");
+  check_device_tensor(grads, weight, s.type, layout.rows * s.D * 4 * s.H, "grads");
+  check_device_tensor(previous, weight, s.type, layout.rows * s.D * s.H, "previous");
+  check_device_tensor(carry, weight, ScalarType::Float, state, "carry");
   b.grad_output = at_places(grad_output, "grad_output");
   b.grad_h_n = at_states(grad_h_n, "grad_h_n");
   b.grad_cells = at_places(grad_cells, "grad_cells");
@@ -198,7 +181,7 @@ void rnn_backward(int64_t cell, OptionalTensor grad_output, OptionalTensor grad_
                                         current_stream(weight));
 }
 
-STABLE_TORCH_LIBRARY(encdec_fast_cuda, m) {
+STABLE_TORCH_LIBRARY_FRAGMENT(encdec_fast_cuda, m) {
   m.def(
       "rnn_forward(int cell, Tensor products, Tensor weight, Tensor? bias, Tensor? h0, "
       "Tensor(a!)? c, Tensor(b!) output, Tensor(c!)? cells, Tensor(d!)? gates, Tensor(e!) h_n, "
@@ -212,11 +195,7 @@ STABLE_TORCH_LIBRARY(encdec_fast_cuda, m) {
       "int[] plan, Tensor(e!) exchange) -> ()");
 }
 
-#ifdef ENCDEC_GPU_ON_CPU
-STABLE_TORCH_LIBRARY_IMPL(encdec_fast_cuda, CPU, m) {
-#else
-STABLE_TORCH_LIBRARY_IMPL(encdec_fast_cuda, CUDA, m) {
-#endif
+STABLE_TORCH_LIBRARY_IMPL(encdec_fast_cuda, ENCDEC_GPU_KEY, m) {
   m.impl("rnn_forward", TORCH_BOX(&rnn_forward));
   m.impl("rnn_backward", TORCH_BOX(&rnn_backward));
 }

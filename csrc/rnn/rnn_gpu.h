@@ -122,13 +122,7 @@ constexpr int published(Cell cell, bool backward) { return backward ? gate_count
 constexpr int kPartialStride =
     kUnits + 4;  // floats; so that a tile's columns miss each other's banks
 
-#ifdef __CUDACC__
-#define ENCDEC_HOST_DEVICE __host__ __device__
-#else
-#define ENCDEC_HOST_DEVICE
-#endif
-
-ENCDEC_HOST_DEVICE inline SharedLayout shared_layout(const Shape& shape, const Plan& plan) {
+constexpr SharedLayout shared_layout(const Shape& shape, const Plan& plan) {
   SharedLayout s{};
   const int32_t bytes = element_bytes(shape.dtype), per_tile = kTileBytes / bytes;
   const int32_t gates = tiles_of_unit(shape.cell, shape.backward);

@@ -12,7 +12,15 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor, nn
 
-from encdec_fast.backends import Backend, Description, explained_by, library, select
+from encdec_fast.backends import (
+    Backend,
+    Description,
+    explained_by,
+    library,
+    requested_backend,
+    select,
+    use_backend,
+)
 from encdec_fast.backends.locks import ForkSafeLock
 from encdec_fast.generation import device, engine, reference, step
 from encdec_fast.generation._inputs import batches_of, check_lengths, requests_of, sources_of
@@ -78,11 +86,24 @@ class GenerationCall(NamedTuple):
     not_described: str
     device: str
     weight_dtype: str = "float32"
+    not_one_launch: str = ""  # why the decoder's step cannot be one launch
 
 
 def _why_not_device(call: GenerationCall) -> list[str]:
     reasons = [call.not_described] if call.not_described else []
     return reasons + device.why_not(call.device, call.weight_dtype)
+
+
+def _why_not_cuda(call: GenerationCall) -> list[str]:
+    reasons = [call.not_described] if call.not_described else []
+    reasons += library.cuda_reasons(call.device, requested_backend() == "cuda")
+    if call.weight_dtype not in device.DTYPES:
+        reasons.append(f"weights in {call.weight_dtype} are for the CPU")
+    if call.not_one_launch:
+        reasons.append(call.not_one_launch)
+    if requested_backend() != "cuda":
+        reasons.append("nothing has been measured yet: it runs where it is asked for")
+    return reasons
 
 
 def _why_not_cpu(call: GenerationCall) -> list[str]:
@@ -168,6 +189,8 @@ def _run_reference(batch: _Batch) -> list[list[Hypothesis]]:
 
 
 BACKENDS = (
+    # The same as the next, with the step of a recurrent decoder as one launch.
+    Backend("cuda", partial(_run_on, partial(device.run, one_launch=True)), _why_not_cuda),
     # Decoder and search on the GPU, around Triton's kernels.
     Backend("triton", partial(_run_on, device.run), _why_not_device),
     Backend("cpu", partial(_run_on, engine.run), _why_not_cpu),
@@ -213,7 +236,8 @@ def _describe_anew(model: Any) -> _Described:
             "encdec_fast.generation.search with a step"
         ) from error
     where = "cpu" if decoder is None else decoder.embedding.device.type
-    call = GenerationCall(type(model).__name__, reason, where)
+    refused = "" if decoder is None else device.why_not_one_launch(decoder)
+    call = GenerationCall(type(model).__name__, reason, where, not_one_launch=refused)
     return _Described(decoder, call, _own_weight_dtype(model), snapshot)
 
 
@@ -305,7 +329,7 @@ def _describe(model: Any, *args: Any, **kwargs: Any) -> Description:
     held = _weight_dtype(found, kwargs.get("weight_dtype"))
 
     def plan(backend: str) -> str:
-        return f"weights in {held}" if backend in ("cpu", "triton") else ""
+        return f"weights in {held}" if backend in ("cpu", "cuda", "triton") else ""
 
     call = found.call._replace(weight_dtype=held)
     return Description("generate", BACKENDS, call, sizes, plan)
@@ -373,6 +397,8 @@ def generate(
         _evaluating(model, described),
         torch.inference_mode(),
         _progress(len(lengths), progress) as advance,
+        # What is not the decoder's step runs on whatever it would.
+        use_backend(None) if backend.name == "cuda" else contextlib.nullcontext(),
     ):
         for batch in batches_of(lengths, config.max_batch_tokens):
             whole = len(batch) == len(lengths) and batch == list(range(len(lengths)))

@@ -34,16 +34,22 @@ char* map(size_t bytes) {
 
 struct Block;
 
+struct Store {
+  void* to;
+  Quad value;
+  int bytes;
+};
+
 struct Thread {
   jmp_buf context;
   bool started = false, asleep = false;
   Index thread, block_index;
   Block* block = nullptr;
-  int number = 0;                              // in its block
-  std::vector<std::pair<Quad*, Quad>> stores;  // in order
-  size_t released = 0;                         // of them
-  std::vector<size_t> known;                   // of each thread's stores: ordered before now
-  uint64_t acquired = 0;                       // what was in memory at this time is seen
+  int number = 0;             // in its block
+  std::vector<Store> stores;  // in order
+  size_t released = 0;        // of them
+  std::vector<size_t> known;  // of each thread's stores: ordered before now
+  uint64_t acquired = 0;      // what was in memory at this time is seen
   std::vector<std::pair<void*, const void*>> copies;
 };
 
@@ -113,7 +119,7 @@ class Machine {
   std::vector<std::unique_ptr<Block>> blocks;
   std::vector<Message> messages;
   uint64_t now = 0;
-  std::unordered_map<const Quad*, std::vector<std::pair<uint64_t, Quad>>> history;
+  std::unordered_map<const void*, std::vector<std::pair<uint64_t, Quad>>> history;
   bool polled = false;
 
  private:
@@ -349,17 +355,38 @@ void release(Site site) {
   for (Thread* thread : own.block->threads) {
     const size_t end = own.known[static_cast<size_t>(thread->number)];
     for (; thread->released < end; ++thread->released) {
-      const auto& [to, value] = thread->stores[thread->released];
-      auto& versions = machine->history[to];
-      if (versions.empty()) versions.push_back({0, *to});
-      versions.push_back({machine->now, value});
-      *to = value;
+      const Store& store = thread->stores[thread->released];
+      auto& versions = machine->history[store.to];
+      Quad before{};
+      std::memcpy(&before, store.to, static_cast<size_t>(store.bytes));
+      if (versions.empty()) versions.push_back({0, before});
+      versions.push_back({machine->now, store.value});
+      std::memcpy(store.to, &store.value, static_cast<size_t>(store.bytes));
     }
   }
   machine->yield();
 }
 
-void store(Quad* to, Quad value) { machine->current->stores.push_back({to, value}); }
+void store(void* to, Quad value, int bytes) {
+  machine->current->stores.push_back({to, value, bytes});
+}
+
+// The last version that this thread must see, or any later one; its own, if it has one.
+Quad load(const void* from, int bytes) {
+  const Thread& own = *machine->current;
+  for (size_t i = own.stores.size(); i > own.released; --i) {
+    if (own.stores[i - 1].to == from) return own.stores[i - 1].value;
+  }
+  Quad value{};
+  std::memcpy(&value, from, static_cast<size_t>(bytes));
+  const auto found = machine->history.find(from);
+  if (found == machine->history.end()) return value;
+  const auto& versions = found->second;
+  size_t oldest = versions.size() - 1;
+  while (oldest > 0 && versions[oldest].first > own.acquired) --oldest;
+  const size_t count = versions.size() - oldest;
+  return versions[oldest + machine->random(static_cast<uint32_t>(count))].second;
+}
 
 void copy(void* to, const void* from) { machine->current->copies.push_back({to, from}); }
 
@@ -367,17 +394,7 @@ void finish_copies(Site site) {
   if (machine->left_out(site)) return;
   Thread& own = *machine->current;
   for (const auto& [to, from] : own.copies) {
-    Quad value = *static_cast<const Quad*>(from);
-    const auto found = machine->history.find(static_cast<const Quad*>(from));
-    if (found != machine->history.end()) {
-      // The last version that this thread must see, or any later one.
-      const auto& versions = found->second;
-      size_t oldest = versions.size() - 1;
-      while (oldest > 0 && versions[oldest].first > own.acquired) --oldest;
-      const size_t count = versions.size() - oldest;
-      value = versions[oldest + machine->random(static_cast<uint32_t>(count))].second;
-    }
-    *static_cast<Quad*>(to) = value;
+    *static_cast<Quad*>(to) = load(from, sizeof(Quad));
   }
   own.copies.clear();
 }

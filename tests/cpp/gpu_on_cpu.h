@@ -4,9 +4,9 @@
 // to time a warp or a block is left asleep, so that the others run as far ahead as they may. What
 // other blocks could not count on is not there:
 //
-//   store_released   stays with the thread until a fence that is ordered after it
-//   copy_async       may read any value that memory had since the thread last acquired
-//   store_async      arrives at any later time, and then counts
+//   store_released              stays with the thread until a fence that is ordered after it
+//   load_released, copy_async   may read any value that memory had since the thread last acquired
+//   store_async                 arrives at any later time, and then counts
 //
 // A barrier, fence or wait can be left out by its place in the source (`mutation`), and the kernel
 // must then be seen to fail: a wrong result, or an error here (everybody waits, a barrier is
@@ -65,7 +65,8 @@ char* shared_memory();
 void barrier(int id, int threads, Site site);
 void cluster_barrier(Site site);
 void release(Site site);
-void store(Quad* to, Quad value);
+void store(void* to, Quad value, int bytes);
+Quad load(const void* from, int bytes);
 void copy(void* to, const void* from);
 void finish_copies(Site site);
 void wait_until(const std::function<bool()>& done, bool acquires, Site site);
@@ -109,6 +110,7 @@ Float16 from_float<Float16>(float x);
 
 inline float sigmoid(float x) { return 1.0f / (1.0f + std::exp(-x)); }
 inline float tanh(float x) { return std::tanh(x); }
+inline float exponential(float x) { return std::exp(x); }
 inline uint32_t to_tf32(float x) { return (float_to_bits(x) + 0x1000) & ~0x1fffu; }
 inline uint32_t opaque(uint32_t value) { return value; }
 
@@ -121,7 +123,14 @@ inline uint32_t shuffle_xor(uint32_t value, int mask) {
   return cpu::meet(&value, 1)[cpu::lane() ^ mask];
 }
 
-inline void store_released(Quad* to, Quad value) { cpu::store(to, value); }
+inline void store_released(Quad* to, Quad value) { cpu::store(to, value, sizeof(Quad)); }
+inline void store_released(float* to, float value) {
+  cpu::store(to, {{float_to_bits(value)}}, sizeof(float));
+}
+inline float load_released(const float* from) {
+  return bits_to_float(cpu::load(from, sizeof(float)).word[0]);
+}
+inline Quad load_streamed(const void* from) { return *static_cast<const Quad*>(from); }
 inline void fence(ENCDEC_HERE) { cpu::release({file, line}); }
 inline void add(uint32_t* counter, uint32_t n) { *counter += n; }
 inline void wait_for(const uint32_t* counter, uint32_t n, ENCDEC_HERE) {

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from encdec_fast.generation.decoders import Affine, RecurrentDecoder, RecurrentLayer
+from encdec_fast.generation.device.decode_step import DecodeStep
 from encdec_fast.generation.device.weights import Weights, put
 from encdec_fast.generation.engine import Encoded
 from encdec_fast.ops.additive_attention import additive_attention
@@ -21,7 +22,14 @@ class RecurrentSteps:
     """The states of B sentences of K rows; their memory has S positions at most."""
 
     def __init__(
-        self, decoder: RecurrentDecoder, weights: Weights, B: int, K: int, S: int, needs: bool
+        self,
+        decoder: RecurrentDecoder,
+        weights: Weights,
+        B: int,
+        K: int,
+        S: int,
+        needs: bool,
+        one_launch: bool = False,
     ) -> None:
         self.decoder, self.weights, self.needs = decoder, weights, needs
         self.B, self.K, self.S = B, K, S
@@ -35,6 +43,7 @@ class RecurrentSteps:
             self.lengths = torch.zeros(B, dtype=torch.int64, device=weights.device)
             if decoder.keys is not None:
                 self.keys = weights.zeros(B, S, decoder.keys.weight.shape[0])
+        self.launch = DecodeStep(decoder, weights, B * K, S) if one_launch else None
 
     def begin(self, encoded: Encoded) -> None:
         """Take what the encoder left."""
@@ -60,6 +69,14 @@ class RecurrentSteps:
     ) -> tuple[Tensor, Tensor | None]:
         """Logits (R, V) and attention (R, S) of the rows that continue `parents` by `tokens`."""
         decoder = self.decoder
+        if self.launch is not None:
+            memory = None
+            if self.values is not None:
+                keys = self.values if self.keys is None else self.keys
+                memory = keys, self.values, self.lengths
+            given = (tokens, parents, self.states, self.context, memory, self.K)
+            logits, weights = self.launch(decoder, self.weights, *given)
+            return logits, weights if self.needs else None
         before = [state.index_select(1, parents) for state in self.states]
         context = self.context.index_select(0, parents)
         embedded = self.weights.rows(decoder.embedding, tokens)

@@ -18,10 +18,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from encdec_fast.backends import requested_backend
+from encdec_fast.backends import BackendRefused, requested_backend
 from encdec_fast.backends.locks import ForkSafeLock
 from encdec_fast.generation.config import GenerationConfig
 from encdec_fast.generation.decoders import Decoder, RecurrentDecoder, parts_of
+from encdec_fast.generation.device.decode_step import MOST_ROWS
 from encdec_fast.generation.device.recurrent import RecurrentSteps
 from encdec_fast.generation.device.search import Search, Sizes
 from encdec_fast.generation.device.transformer import TransformerSteps
@@ -129,6 +130,7 @@ def _session(
     sizes: Sizes,
     S: int,
     dtype: torch.dtype,
+    one_launch: bool,
 ) -> tuple[Any, Session]:
     """A session that nobody uses, and the key that it is put back with; S: of the memory."""
     places = tuple(place_of(tensor) for tensor in parts_of(decoder).tensors)
@@ -136,7 +138,7 @@ def _session(
     options = repr(astuple(config.replace(seed=None, max_time=None, max_batch_tokens=None)))
     # What else the launches depend on.
     around = requested_backend(), checks_asked(), torch.get_float32_matmul_precision()
-    key = (own, options, sizes, S, around)
+    key = (own, options, sizes, S, around, one_launch)
     with _lock.current:
         kept = _kept.setdefault(owner, _Kept())
         found = kept.sessions.pop(key, None)
@@ -159,7 +161,7 @@ def _session(
             B, K, needs = sizes.B, sizes.K, sizes.S > 0
             steps: RecurrentSteps | TransformerSteps
             if isinstance(decoder, RecurrentDecoder):
-                steps = RecurrentSteps(decoder, weights, B, K, S, needs)
+                steps = RecurrentSteps(decoder, weights, B, K, S, needs, one_launch)
             else:
                 steps = TransformerSteps(decoder, weights, B, K, S, sizes.L, needs)
             return Session(Search(config, sizes, device), steps)
@@ -277,8 +279,13 @@ def run(
     finished: Callable[[int], None] | None = None,
     written: Stream | None = None,
     timing: dict[str, Any] | None = None,
+    one_launch: bool = False,
 ) -> list[list[Hypothesis]]:
-    """Search for the targets of a batch; arguments and results are those of `engine.run`."""
+    """Search for the targets of a batch; arguments and results are those of `engine.run`.
+
+    one_launch: a step of the decoder is one launch (decode_step.py). BackendRefused where there are
+    more rows than it has.
+    """
     count_rows(len(requests), config)
     check_encoded(decoder, encoded, len(requests))
     shown = 0 if encoded.memory is None else encoded.memory.shape[1]
@@ -286,10 +293,17 @@ def run(
     attends = decoder.attends and (need_attention or config.coverage_penalty > 0)
     V = decoder.output.weight.shape[0]
     sizes = sizes_of(requests, config, S if attends else 0, V, kept=need_attention and attends)
+    rows = sizes.B * sizes.K
+    if one_launch and rows > MOST_ROWS:
+        raise BackendRefused(
+            f"generate: the decode step of the cuda backend has at most {MOST_ROWS} rows, and here "
+            f"are {rows} ({sizes.B} sentences of {sizes.K} beams): lower max_batch_tokens, or ask "
+            "for another backend"
+        )
     device = decoder.output.weight.device
     here = torch.cuda.device_of(decoder.output.weight)
     with here, torch.no_grad(), without_autocast(device.type):
-        key, session = _session(owner, decoder, config, sizes, S, DTYPES[weight_dtype])
+        key, session = _session(owner, decoder, config, sizes, S, DTYPES[weight_dtype], one_launch)
         # Another description may have the same tensors' memory, and other tensors.
         session.steps.decoder = decoder
         session.steps.weights.refresh(decoder)
