@@ -311,6 +311,17 @@ def _generation(device: torch.device, end: float) -> Iterator[Line]:
             line.problem = _said(error)
         yield line
 
+    for rows, dtype in itertools.product((1, 4, 8), ("float32", "bfloat16")):
+        line = Line("speed", f"generation, a step of two LSTM layers, {rows} rows", dtype)
+        try:
+            if time.monotonic() > end:
+                line.problem = _NO_TIME
+            else:
+                line.seconds = gpu_generation.recurrent_steps(device, DTYPES[dtype], rows)
+        except Exception as error:
+            line.problem = _said(error)
+        yield line
+
 
 _NO_TIME = "no time was left for it"
 

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from benchmarks.generation_cases import TARGET, VOCABULARY, marian
 from encdec_fast import use_backend
+from encdec_fast.backends import library
 from encdec_fast.generation import GenerationConfig, generate
 from encdec_fast.generation.device import run as on_device
 from encdec_fast.generation.engine import Encoded, Request
@@ -32,11 +33,13 @@ OVER_TRANSFORMERS = 10.0
 
 @dataclass(frozen=True)
 class Parity:
-    """A model and a search. make: the model, with weights from a seed."""
+    """A model and a search for some sentences. make: the model, with weights from a seed."""
 
     name: str
     make: Callable[[], nn.Module]
     options: dict[str, Any]
+    backend: str = "triton"
+    sentences: int = 5
 
     def check(self, device: torch.device) -> float:
         """The worst of what differs, over what is allowed."""
@@ -45,11 +48,12 @@ class Parity:
         for parameter in model.parameters():
             parameter.mul_(2.5 if parameter.dim() > 1 else 1)
         sentences = [torch.randint(1, TOKENS, (n,)).tolist() for n in (5, 1, 9, 3, 7)]
+        sentences = sentences[: self.sentences]
         config = GenerationConfig(
             decoder_start_token_id=1, eos_token_id=2, max_new_tokens=12, **self.options
         )
         expected = generate(model, sentences, config)
-        with use_backend("triton"):
+        with use_backend(self.backend):
             found = generate(_Model(copy.deepcopy(model).to(device)), sentences, config)
         pairs = [
             (own, other)
@@ -79,13 +83,13 @@ class _Model:
         return self.model.generation_step(encoded)
 
 
-def _recurrent(cell: str, attention: str | None) -> Callable[[], nn.Module]:
+def _recurrent(cell: str, attention: str | None, H: int = 18) -> Callable[[], nn.Module]:
     return lambda: RecurrentEncoderDecoder(
         TOKENS,
         TOKENS,
-        embedding_size=7,
-        hidden_size=18,
-        encoder_hidden_size=9,
+        embedding_size=7 if H % 8 else 8,
+        hidden_size=H,
+        encoder_hidden_size=H // 2,
         cell=cell,
         attention=attention,
         decoder_layers=2,
@@ -107,6 +111,13 @@ def parity_cases() -> Iterator[Parity]:
         yield Parity(f"{name}, greedy", make, {})
         yield Parity(f"{name}, 4 beams", make, beams)
     make = models["lstm, additive"]
+    if torch.cuda.is_available() or not library.cuda_reasons("cpu", True):
+        # The step in one launch has at most eight rows.
+        for cell, attention in (("lstm", "additive"), ("gru", "dot"), ("lstm", None)):
+            one = _recurrent(cell, attention, 48)
+            name = f"{cell}, {attention}, a step in one launch"
+            yield Parity(f"{name}, greedy", one, {}, "cuda")
+            yield Parity(f"{name}, 4 beams", one, beams, "cuda", 2)
     every = {"coverage_penalty": 0.3, "no_repeat_ngram_size": 2, "min_length": 4}
     yield Parity("lstm, additive, constraints", make, {**beams, **every})
 
@@ -167,3 +178,33 @@ class Speed:
 def speed_cases() -> Iterator[Speed]:
     for batch, beams in ((1, 1), (1, 4), (32, 1), (32, 4)):
         yield Speed(batch, beams)
+
+
+def recurrent_steps(device: torch.device, dtype: torch.dtype, rows: int) -> dict[str, float]:
+    """Seconds of a step of a recurrent decoder on the device: in one launch, and as a graph.
+
+    Two LSTM layers of 512 with additive attention over 30 positions, and 32,000 tokens.
+    """
+    torch.manual_seed(0)
+    sizes = {"embedding_size": 512, "hidden_size": 512, "encoder_hidden_size": 256}
+    model = RecurrentEncoderDecoder(
+        *(100, 32000), **sizes, attention="additive", decoder_layers=2, max_source_length=30
+    )
+    model = model.to(device, dtype).eval().requires_grad_(False)
+    decoder = model.generation_decoder()
+    source = torch.randint(1, 100, (rows, 30), device=device)
+    config = GenerationConfig(min_new_tokens=TARGET, max_new_tokens=TARGET, eos_token_id=2)
+    requests = [Request([1], [], i) for i in range(rows)]
+    held = {torch.float32: "float32", torch.bfloat16: "bfloat16"}[dtype]
+    found = {}
+    with torch.inference_mode():
+        encoded = model.generation_encode(source, torch.full((rows,), 30))
+        for name, one_launch in (("encdec_fast", True), ("as a graph of launches", False)):
+            samples = []
+            for _ in range(7):
+                timing: dict[str, Any] = {}
+                more = {"weight_dtype": held, "seed": 0, "timing": timing}
+                on_device(model, decoder, encoded, requests, config, **more, one_launch=one_launch)
+                samples.append(float(timing["device_seconds"]) / int(timing["steps"]))
+            found[name] = sorted(samples)[len(samples) // 2]
+    return found
