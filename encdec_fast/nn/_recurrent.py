@@ -65,9 +65,11 @@ class RecurrentModule(torch.nn.RNNBase):
         return (h0, c0) if isinstance(h0, Tensor) and h0.dim() == dim else None
 
     def _arguments(
-        self, input: Any, hx: Any, lengths: Lengths, cell_states: bool
+        self, input: Any, hx: Any, lengths: Lengths, cell_states: bool, resets: Any = None
     ) -> Arguments | None:
         """The arguments of the network of ops, or None where torch must decide."""
+        if resets is not None and (lengths is not None or isinstance(input, PackedSequence)):
+            raise ValueError("resets come with neither lengths nor a PackedSequence")
         net = self._network()
         weights = self._weights()
         dropout = self.dropout if self.training else 0.0
@@ -91,22 +93,24 @@ class RecurrentModule(torch.nn.RNNBase):
         if states is None:
             return None
         h0, c0 = states
+        checked = None if resets is None else _checks.as_resets(resets, input)
         if dim == 2:
             if lengths is not None:
                 raise ValueError("lengths needs a batched 3-D input, not a single 2-D sequence")
             input = input.unsqueeze(0 if self.batch_first else 1)
+            checked = None if checked is None else checked.unsqueeze(0 if self.batch_first else 1)
             h0 = None if h0 is None else h0.unsqueeze(1)
             c0 = None if c0 is None else c0.unsqueeze(1)
-        checked = None
         if lengths is not None:
             checked = _checks.as_lengths(lengths, input, self.batch_first)
         return Arguments(net, input, h0, c0, weights, dropout, checked, None, cell_states)
 
     def _run(
-        self, input: Any, hx: Any, lengths: Lengths, cell_states: bool
+        self, input: Any, hx: Any, lengths: Lengths, cell_states: bool, resets: Any = None
     ) -> tuple[Any, Any, Any, Any] | None:
         """(output, h_n, c_n, cells), in the form of the input; None where torch must decide."""
-        if type(input) is Tensor and hx is None and lengths is None and input.dim() == 3:
+        ragged = lengths is not None or resets is not None
+        if type(input) is Tensor and hx is None and not ragged and input.dim() == 3:
             # What every call would do, with nothing left to convert: small calls feel the rest.
             dropout = self.dropout if self.training else 0.0
             return _recurrent.run(
@@ -120,7 +124,7 @@ class RecurrentModule(torch.nn.RNNBase):
                 None,
                 cell_states,
             )
-        arguments = self._arguments(input, hx, lengths, cell_states)
+        arguments = self._arguments(input, hx, lengths, cell_states, resets)
         if arguments is None:
             return None
         result = _recurrent.run(*arguments)
@@ -132,12 +136,13 @@ class RecurrentModule(torch.nn.RNNBase):
             return _recurrent.unbatched(result, self.batch_first)
         return result
 
-    def _decline(self, lengths: Lengths, cell_states: bool) -> None:
+    def _decline(self, lengths: Lengths, cell_states: bool, resets: Any = None) -> None:
         """TypeError for what torch accepts, but not together with this package's own options."""
-        if lengths is not None or cell_states or self.weight_dtype is not None:
+        own = lengths is not None or resets is not None or cell_states
+        if own or self.weight_dtype is not None:
             raise TypeError(
-                "lengths, return_cell_states and weight_dtype need plain tensors of one dtype: "
-                "torch's own module, which runs these arguments, does not have them"
+                "lengths, resets, return_cell_states and weight_dtype need plain tensors of one "
+                "dtype: torch's own module, which runs these arguments, does not have them"
             )
 
     def _encdec_fast_describe(
@@ -146,10 +151,11 @@ class RecurrentModule(torch.nn.RNNBase):
         hx: Any = None,
         *,
         lengths: Lengths = None,
+        resets: Tensor | None = None,
         return_cell_states: bool = False,
     ) -> Description:
         """What `explain` asks of a module."""
-        arguments = self._arguments(input, hx, lengths, return_cell_states)
+        arguments = self._arguments(input, hx, lengths, return_cell_states, resets)
         if arguments is None or not arguments.fit():
             raise TypeError("explain: these arguments do not fit the module; call it for the error")
         return _public.describe_network(arguments)

@@ -29,8 +29,8 @@ class RecurrentCall(NamedTuple):
 
     kind: lstm, gru, rnn_tanh or rnn_relu. weights: tensors per direction, 2 to 5.
     weight_dtype: "" (that of the parameters), "bfloat16" or "int8".
-    ragged: "" (all sequences have T steps), "lengths" (padded), "packed" (PackedSequence) or "step"
-        (a cell: one step).
+    ragged: "" (all sequences have T steps), "lengths" (padded), "packed" (PackedSequence), "resets"
+        (T steps, and before some of them the state is zero) or "step" (a cell: one step).
     context: "" for plain tensors, or what stands between the call and its values; see `context_of`.
     recurrence: (sequences, hidden size, device number) where a GPU's kernels must say whether they
         hold it; None elsewhere.
@@ -84,11 +84,18 @@ def make_call(
         batch_first,
         cell_states,
         weight_dtype,
-        "lengths" if lengths is not None else "packed" if batch_sizes is not None else "",
+        ragged_by(lengths, batch_sizes),
         "",
         False,
         recurrence_of(kind, input, weights, batch_sizes, batch_first),
     )
+
+
+def ragged_by(lengths: State, batch_sizes: State) -> str:
+    """`RecurrentCall.ragged`. What ops name lengths are resets where they are bool."""
+    if lengths is None:
+        return "" if batch_sizes is None else "packed"
+    return "resets" if lengths.dtype == torch.bool else "lengths"
 
 
 def recurrence_of(

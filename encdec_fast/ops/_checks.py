@@ -220,6 +220,23 @@ def as_lengths(lengths: Tensor | Sequence[int], input: Tensor, batch_first: bool
     return result
 
 
+def as_resets(resets: Tensor, input: Tensor) -> Tensor:
+    """`resets`, checked against an input: bool, its shape without the features, on its device."""
+    if not isinstance(resets, Tensor):
+        raise TypeError(f"'resets' must be a tensor, but got {type(resets).__name__}")
+    wanted = tuple(input.shape[:-1])
+    if resets.dtype != torch.bool or tuple(resets.shape) != wanted:
+        raise RuntimeError(
+            f"'resets' must be a bool tensor of shape {wanted}, but got {tuple(resets.shape)} of "
+            f"{resets.dtype}"
+        )
+    if resets.device != input.device:
+        raise RuntimeError(
+            f"'resets' must be on the input's device {input.device}, but it is on {resets.device}"
+        )
+    return resets
+
+
 def check_length_values(lengths: Tensor, steps: int) -> None:
     """RuntimeError unless every length is from 1 to `steps`; reads the values, on the CPU."""
     values: list[int] = lengths.tolist()

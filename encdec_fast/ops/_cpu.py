@@ -51,6 +51,8 @@ def why_not(call: RecurrentCall) -> list[str]:
         reasons.append("it has no gradients for proj_size")
     if call.training and call.ragged == "step":
         reasons.append("where a gradient is needed a single step is torch's")
+    if call.ragged == "resets":
+        reasons.append("it has no resets")
     if call.empty:
         reasons.append("the batch is empty")
     return reasons

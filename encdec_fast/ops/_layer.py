@@ -7,6 +7,9 @@ backward needs, and `name_backward`. Their arguments, in this order:
     flags   bidirectional, batch_first, the op's own, weight_dtype (of `name` only)
     saved   output, cells, gates, saved_by                   (cells likewise)
 
+`lengths`, where they are bool, are resets: of the input's shape without its features, true where
+the state before a step is zero.
+
 `gates` belongs to the backend that made it, and `saved_by`, an int64 scalar on the CPU, tells which
 that was, so that backward runs there too, whatever is asked for by then.
 """
@@ -255,7 +258,7 @@ class LayerOp:
 
 def _checked(call: RecurrentCall, layer: tuple[Any, ...]) -> RecurrentCall:
     input, lengths = layer[0], layer[4]
-    if lengths is not None:
+    if call.ragged == "lengths":
         check_length_values(lengths, input.shape[1 if call.batch_first else 0])
     return call if input.numel() else call._replace(empty=True)
 

@@ -34,6 +34,7 @@ def arguments(
     weight_dtype: torch.dtype | str | None,
     proj_size: int = 0,
     return_cell_states: bool = False,
+    resets: State = None,
 ) -> tuple[Arguments, bool]:
     """Check a public function's arguments. Returns them for `run`, and whether they are a batch."""
     if weight_dtype not in WEIGHT_DTYPES:
@@ -57,11 +58,16 @@ def arguments(
             f"{op.name}: lengths needs a padded 3-D input, not "
             + ("a packed one" if batched else "a single 2-D sequence")
         )
+    if resets is not None:
+        if lengths is not None or batch_sizes is not None:
+            raise ValueError(f"{op.name}: resets come with neither lengths nor batch_sizes")
+        resets = _checks.as_resets(resets, input)
     if not batched:
+        resets = None if resets is None else resets.unsqueeze(0 if batch_first else 1)
         input = input.unsqueeze(0 if batch_first else 1)
         h0 = None if h0 is None else h0.unsqueeze(1)
         c0 = None if c0 is None else c0.unsqueeze(1)
-    checked = None if lengths is None else _checks.as_lengths(lengths, input, batch_first)
+    checked = resets if lengths is None else _checks.as_lengths(lengths, input, batch_first)
     p = dropout if training else 0.0
     states = (h0, c0)
     return (
@@ -79,6 +85,8 @@ def run(
     if result is None:
         if not given.fit():
             given.complain()
+        if given.lengths is not None and given.lengths.dtype == torch.bool:
+            raise BackendRefused(f"{op.name}: torch's kernel has no resets")
         if given.cell_states:
             raise BackendRefused(f"{op.name}: torch's kernel does not return the cell states")
         result = *_recurrent.torch_network(*given[:-1]), None
@@ -114,8 +122,8 @@ def describe_network(given: Arguments) -> Description:
     sizes += f" D={net.directions} {input.dtype} {call.device}"
     sizes += " training" if call.training else " inference"
     rows = input.shape[0] if batch_sizes is not None else steps * batch
-    if lengths is not None:
-        rows = int(lengths.sum())
+    if call.ragged == "lengths":
+        rows = int(lengths.sum())  # type: ignore[union-attr]
 
     def plan(backend: str) -> str:
         if backend == "cuda":

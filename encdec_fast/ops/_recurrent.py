@@ -20,6 +20,7 @@ from encdec_fast.ops._call import (
     autocasting,
     context_of,
     needs_grad,
+    ragged_by,
     recurrence_of,
 )
 from encdec_fast.ops._layer import LayerOp
@@ -106,7 +107,7 @@ def describe(
         batch_first,
         cell_states,
         weight_dtype,
-        "lengths" if lengths is not None else "packed" if batch_sizes is not None else "",
+        ragged_by(lengths, batch_sizes),
         context,
         context not in GRAPHS and input.numel() == 0,
         None
@@ -133,7 +134,8 @@ def run(
     """The network's (output, h_n, c_n, cells of the last layer), or None if arguments do not fit.
 
     input: 3-D, or 2-D with batch_sizes. h0, c0: (layers · D, B, size). dropout: probability of
-    zeroing an element between layers, 0 outside of training. lengths: from `as_lengths`.
+    zeroing an element between layers, 0 outside of training. lengths: from `as_lengths`,
+    or from `as_resets`.
     """
     if autocasting(input.device.type):
         fixed = (dropout, lengths, batch_sizes, cell_states)
@@ -145,7 +147,7 @@ def run(
     backends, call = describe(net, input, h0, c0, weights, lengths, batch_sizes, cell_states)
     emit: Callable[..., LayerResult] = op.emit
     if call.context != "compile":
-        if lengths is not None:
+        if lengths is not None and call.ragged == "lengths":
             _checks.check_length_values(lengths, input.shape[1 if batch_first else 0])
         if call.context != "dispatch":
             backend = select(backends, call)

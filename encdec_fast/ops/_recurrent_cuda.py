@@ -109,9 +109,8 @@ def _cut(
     found = plan_of(*sizes, limits(device))
     if not found.numbers:
         raise RuntimeError(f"{call.kind}: {found.text}")
-    T, B, rows, step, sequence, lengths, starts, *_ = sequences
+    T, B, rows, step, sequence, lengths, starts, *_, resets = sequences
     exchange = torch.zeros(found.exchange_bytes, dtype=torch.uint8, device=weight.device)
-    resets = None
     layout = [T, B, rows, step, sequence]
     return layout, lengths, starts, sequences.order, resets, found.numbers, exchange
 

@@ -31,7 +31,8 @@ class Sequences(NamedTuple):
     rows: that there is room for, of padded sequences T * B, so that what is made is as large for
     all lengths. lengths: int32 (B); starts: int64 (T). Of padded input with lengths only: places,
     int64 (rows), where a row lies in the input; real, those of the rows that there are; order,
-    back: int64 (B), sequence numbers sorted and sorted back.
+    back: int64 (B), sequence numbers sorted and sorted back. resets: bool (rows), whether the state
+    before a row is zero.
     """
 
     T: int
@@ -45,6 +46,7 @@ class Sequences(NamedTuple):
     real: State = None
     order: State = None
     back: State = None
+    resets: State = None
 
     def sorted(self, state: State) -> State:
         """(D, B, size) in the kernels' order, contiguous."""
@@ -131,6 +133,8 @@ def _sequences(call: RecurrentCall, input: Tensor, lengths: State, batch_sizes: 
     step, sequence = (1, T) if call.batch_first else (B, 1)
     if lengths is None:
         return Sequences(T, B, T * B, step, sequence)
+    if lengths.dtype == torch.bool:
+        return Sequences(T, B, T * B, step, sequence, resets=lengths.flatten().contiguous())
     longest_first, order = lengths.sort(descending=True, stable=True)
     steps = torch.arange(T, device="cpu").unsqueeze(1)
     there = steps < longest_first  # [T, B]

@@ -15,6 +15,8 @@ from encdec_fast.ops._recurrent_gpu import Sequences
 
 def why_not(call: RecurrentCall) -> list[str]:
     reasons = _triton.unfit(call)
+    if call.ragged == "resets":
+        reasons.append("it has no resets")
     return reasons if _triton.missing() else reasons + _recurrent_gpu.unsuited(call, "triton")
 
 

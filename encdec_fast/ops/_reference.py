@@ -31,10 +31,14 @@ def unroll(
 ) -> LayerResult:
     """One layer, in one or both directions: (output, h_n, c_n, every c_t).
 
-    cell_size: the size of c, None where the cell has none. The rest is as in the ops.
+    cell_size: the size of c, None where the cell has none. The rest is as in the ops; lengths that
+    are bool are resets.
     """
     directions = 2 if bidirectional else 1
     half = len(weights) // directions
+    resets: State = None
+    if lengths is not None and lengths.dtype == torch.bool:
+        resets, lengths = lengths.t() if batch_first else lengths, None
     lengths = None if lengths is None else lengths.to(input.device)
     steps = _steps(input, lengths, batch_sizes, batch_first)
     batch = steps[0].shape[0] if steps else 0
@@ -52,6 +56,10 @@ def unroll(
         cell: list[Any] = [None] * len(steps)
         for t in range(len(steps)) if d == 0 else reversed(range(len(steps))):
             n = steps[t].shape[0]  # in packed data the first n sequences have a step t
+            if resets is not None:
+                begins = resets[t].unsqueeze(1)
+                h = torch.where(begins, 0, h)
+                c = None if c is None else torch.where(begins, 0, c)
             h_t, c_t = step(steps[t], h[:n], None if c is None else c[:n], own)
             if lengths is not None:
                 real = (t < lengths).unsqueeze(1)

@@ -29,6 +29,8 @@ def why_not(call: RecurrentCall) -> list[str]:
     reasons = []
     if call.cell_states:
         reasons.append("torch's kernel does not return the cell states")
+    if call.ragged == "resets":
+        reasons.append("torch's kernel has no resets")
     if call.context == "transform":
         reasons.append("torch's kernel has no rules for vmap or forward-mode gradients")
     return reasons

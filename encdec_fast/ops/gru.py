@@ -18,6 +18,9 @@ Shapes of a layer with D directions, T steps, B sequences, I inputs and H hidden
     h0           (D, B, H); absent: zeros
     lengths      int64 (B) on the CPU, each from 1 to T, in any order
     batch_sizes  int64 (T) on the CPU, as in PackedSequence
+    resets       bool, input's shape without its features: true where the state before a step (in
+                 the reverse direction the state that comes from the step after it) is zero, so that
+                 another episode begins; with neither lengths nor batch_sizes
     output       input's layout with D·H features; zero past a sequence's end
     h_n          like h0: the state after each sequence's last step (its first, in reverse)
 
@@ -148,6 +151,7 @@ def gru(
     batch_first: bool = False,
     lengths: Tensor | Sequence[int] | None = None,
     batch_sizes: Tensor | None = None,
+    resets: Tensor | None = None,
     weight_dtype: torch.dtype | str | None = None,
 ) -> tuple[Tensor, Tensor]:
     """A network of GRU layers; shapes, dtypes and errors are in this file's docstring.
@@ -174,6 +178,7 @@ def gru(
         batch_first=batch_first,
         lengths=lengths,
         batch_sizes=batch_sizes,
+        resets=resets,
         weight_dtype=weight_dtype,
     )
     return output, h_n

@@ -18,6 +18,9 @@ Shapes of a layer with D directions, T steps, B sequences, I inputs, H hidden un
     h0, c0       (D, B, P), (D, B, H); absent: zeros
     lengths      int64 (B) on the CPU, each from 1 to T, in any order
     batch_sizes  int64 (T) on the CPU, as in PackedSequence
+    resets       bool, input's shape without its features: true where the state before a step (in
+                 the reverse direction the state that comes from the step after it) is zero, so that
+                 another episode begins; with neither lengths nor batch_sizes
     output       input's layout with D·P features; zero past a sequence's end
     h_n, c_n     like h0, c0: the state after each sequence's last step (its first, in reverse)
     cells        every c_t, output's layout with D·H features, zero past a sequence's end
@@ -152,6 +155,7 @@ def lstm(
     proj_size: int = 0,
     lengths: Tensor | Sequence[int] | None = None,
     batch_sizes: Tensor | None = None,
+    resets: Tensor | None = None,
     return_cell_states: bool = False,
     weight_dtype: torch.dtype | str | None = None,
 ) -> tuple[Any, ...]:
@@ -181,6 +185,7 @@ def lstm(
         proj_size=proj_size,
         lengths=lengths,
         batch_sizes=batch_sizes,
+        resets=resets,
         return_cell_states=return_cell_states,
         weight_dtype=weight_dtype,
     )
