@@ -98,6 +98,27 @@ bench-linear: ## Measure linear on packed weights beside torch
 .PHONY: build
 build: $(STAMPS)/built ## Build and install in place (pip install -e .)
 
+.PHONY: wheel
+wheel: $(TORCH_STAMP) $(STAMPS)/req-build $(STAMPS)/req-wheel ## Build the CPU wheel into dist/
+	$(PY) scripts/wheel.py cpu
+
+.PHONY: wheel-cuda
+wheel-cuda: nvcc $(TORCH_STAMP) $(STAMPS)/req-build $(STAMPS)/req-wheel ## Build the CUDA wheel into dist/: needs nvcc, but no GPU and no CUDA torch
+	$(PY) scripts/wheel.py cuda
+
+.PHONY: wheel-test
+wheel-test: wheel build/abi-2.10.0/.done build/abi-2.13.0/.done ## Try the wheels of dist/ beside the oldest and the newest torch (downloads GBs once)
+	$(PY) scripts/wheel.py test build/abi-2.10.0/bin/python build/abi-2.13.0/bin/python
+
+.PHONY: check-abi
+check-abi: nvcc $(STAMPS)/built build/abi-2.11.0/.done ## Load the libraries, CUDA's too, in a CUDA build of torch 2.11 (downloads GBs once)
+	flock $(CMAKE_DIR)/lock cmake --build $(CMAKE_DIR) --target cuda_kernels
+	build/abi-2.11.0/bin/python scripts/check_abi.py $(CMAKE_DIR)/libencdec_ops_cuda.so
+
+.PHONY: nvcc
+nvcc:
+	@command -v "$${CUDACXX:-nvcc}" > /dev/null || { echo "There is no nvcc in PATH or CUDACXX: install the CUDA toolkit (13.0 is what is tested)" >&2; exit 1; }
+
 .PHONY: clean
 clean: ## Remove what was built, not the environment
 	rm -rf build dist encdec_fast/lib encdec_fast/_C*.so *.egg-info $(STAMPS)/built
@@ -129,6 +150,12 @@ $(STAMPS)/req-%: requirements/%.txt $(BASE)
 # Beside the environment, which has a newer one: the kernels must compile with both.
 $(STAMPS)/triton-oldest/.done: $(STAMPS)/req-test
 	$(PIP) --target $(@D) --upgrade --no-deps triton==3.6.0
+	@touch $@
+
+# An environment with one torch, as the package index gives it, and NumPy.
+build/abi-%/.done: $(BASE)
+	$(PY) -m venv $(@D)
+	$(@D)/bin/python -m pip --disable-pip-version-check install --quiet torch==$* numpy
 	@touch $@
 
 $(STAMPS)/qemu: $(BASE)

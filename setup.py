@@ -1,13 +1,16 @@
 """Runs CMake (CMakeLists.txt describes the build) and packages what it installs.
 
 Metadata is in pyproject.toml. Neither it nor an sdist needs torch; the build does, for its headers.
-ENCDEC_FAST_CMAKE_ARGS is passed on to CMake, for example "-DENCDEC_CUDA=OFF".
+
+  ENCDEC_FAST_CMAKE_ARGS      passed on to CMake, for example "-DENCDEC_CUDA=OFF"
+  ENCDEC_FAST_LOCAL_VERSION   what stands behind the version's "+": "cu130" for a CUDA 13.0 wheel
 """
 
 from __future__ import annotations
 
 import fcntl
 import os
+import re
 import shlex
 import shutil
 import subprocess
@@ -21,6 +24,14 @@ from setuptools.command.build_ext import build_ext
 ROOT = Path(__file__).resolve().parent
 
 
+def version() -> str:
+    """That of the sources. The local part names a build, so only the build knows it."""
+    text = (ROOT / "encdec_fast" / "_version.py").read_text()
+    (public,) = re.findall(r'^__version__ = "(.+)"$', text, re.MULTILINE)
+    local = os.environ.get("ENCDEC_FAST_LOCAL_VERSION")
+    return f"{public}+{local}" if local else public
+
+
 class CMakeBuild(build_ext):
     """Builds every native part at once; the extension listed below stands for all of them."""
 
@@ -28,7 +39,8 @@ class CMakeBuild(build_ext):
         # An editable install has them in the source tree, a wheel in the folder that it is made of.
         target = (ROOT if self.inplace else Path(self.build_lib).resolve()) / "encdec_fast"
         # One folder per Python, kept between builds, so that only what changed is compiled.
-        build = ROOT / "build" / f"cmake-{sys.implementation.cache_tag}"
+        base = ROOT / self.get_finalized_command("build").build_base
+        build = base / f"cmake-{sys.implementation.cache_tag}"
         env = os.environ.copy()
         env["PATH"] = os.pathsep.join([sysconfig.get_path("scripts"), env.get("PATH", os.defpath)])
         cmake = shutil.which("cmake", path=env["PATH"])
@@ -54,6 +66,11 @@ class CMakeBuild(build_ext):
                 if subprocess.run(command, env=env).returncode != 0:
                     # The compiler or CMake has said why; a traceback would hide it.
                     raise SystemExit(f"encdec_fast: this step failed: {shlex.join(command)}")
+            # One of a build with other options would be packaged, and loaded, with these.
+            installed = (build / "install_manifest.txt").read_text().splitlines()
+            for library in (target / "lib").glob("*.so"):
+                if str(library) not in installed:
+                    library.unlink()
 
     def get_outputs(self) -> list[str]:
         return []  # installed by CMake, into folders that are packaged whole
@@ -63,6 +80,7 @@ class CMakeBuild(build_ext):
 
 
 setup(
+    version=version(),
     packages=[
         *find_packages(include=["encdec_fast", "encdec_fast.*"]),
         "encdec_fast.triton_kernels",

@@ -53,6 +53,11 @@ class LibraryStatus:
     hint: str = ""
 
 
+def _said(error: Exception) -> str:
+    """What went wrong: torch only says that it could not load, and why comes before that."""
+    return str(error.__cause__ or error).strip()
+
+
 def _load_ops(path: Path) -> LibraryStatus:
     name = "libencdec_ops"
     if not path.exists():
@@ -61,7 +66,7 @@ def _load_ops(path: Path) -> LibraryStatus:
         torch.ops.load_library(str(path))
     except (OSError, RuntimeError) as error:
         hint = f"it was made for another system, compiler or torch (here {torch.__version__}): "
-        return LibraryStatus(name, str(path), False, str(error).strip(), hint + _REBUILD)
+        return LibraryStatus(name, str(path), False, _said(error), hint + _REBUILD)
     missing = [op for op in _OPS if not hasattr(torch.ops.encdec_fast_cpu, op)]
     if missing:
         reason = f"it lacks {', '.join(missing)}: it is of another version of this package"
@@ -86,7 +91,7 @@ def _load_cuda(path: Path) -> LibraryStatus | None:
         torch.ops.load_library(str(path))
     except (OSError, RuntimeError) as error:
         hint = f"it was made for another system or torch (here {torch.__version__}): "
-        return LibraryStatus(name, str(path), False, str(error).strip(), hint + _REBUILD)
+        return LibraryStatus(name, str(path), False, _said(error), hint + _REBUILD)
     missing = [op for op in _CUDA_OPS if not hasattr(torch.ops.encdec_fast_cuda, op)]
     if missing:
         reason = f"it lacks {', '.join(missing)}: it is of another version of this package"
