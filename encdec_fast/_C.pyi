@@ -43,11 +43,12 @@ def rnn_gpu_plan(
     batch: int,
     hidden_size: int,
     directions: int,
+    layers: int,
     capability: int,
     processors: int,
     shared_bytes: int,
     cluster: int,
-) -> tuple[list[int], int, str, str]: ...
+) -> tuple[list[int], int, float, str, str]: ...
 
 # The generation engine (csrc/python/generation.cpp). A matrix: (address, dtype, rows, columns,
 # elements from row to row).

@@ -98,7 +98,8 @@ def test_plans_fit(capability: int, backward: bool, dtype: str) -> None:
     for B in (1, 3, 16, 100):
         for H in (64, 256, 300, 512):
             limits = (capability, 108, SHARED[capability], cluster)
-            numbers, exchange, text, slower = _C.rnn_gpu_plan(0, dtype, backward, B, H, 1, *limits)
+            sizes = (0, dtype, backward, B, H, 1, 1)
+            numbers, exchange, _, text, slower = _C.rnn_gpu_plan(*sizes, *limits)
             assert numbers, text
             assert not slower or (B > 3 and "reads its weights again" in slower)
             blocks, row_groups, k_groups, slice_, launch = (numbers[i] for i in (2, 3, 4, 6, 7))

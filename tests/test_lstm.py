@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import recurrent_checks as checks
 import torch
@@ -13,6 +15,7 @@ from torch.nn.utils.rnn import pad_packed_sequence
 
 import encdec_fast
 from encdec_fast import use_backend
+from encdec_fast.ops import _recurrent_cuda
 
 ALL = {**CASES, **PROJECTED}
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -159,3 +162,33 @@ def test_cell_states_where_only_torch_can_run() -> None:
     assert explanation.backend == "reference"
     assert "cell states" in str(explanation)
     assert module(x, return_cell_states=True)[2].shape == (4, 2, 5)
+
+
+@pytest.mark.parametrize("batch_first", [False, True])
+@pytest.mark.parametrize("name", ["layers", "lengths", "packed"])
+@pytest.mark.parametrize("kind", ["lstm", "gru"])
+def test_layers_that_share_a_launch(
+    kind: str, name: str, batch_first: bool, cuda_kernels: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Three layers in one launch of the cuda backend, beside the reference in float64."""
+    limits = _recurrent_cuda.ON_CPU._replace(processors=30)
+    monkeypatch.setattr(_recurrent_cuda, "limits", lambda device: limits)
+    launches: list[int] = []
+    run = _recurrent_cuda.run
+
+    def watched(*args: Any) -> Any:
+        launches.append(len(args[-1]))
+        return run(*args)
+
+    monkeypatch.setattr(_recurrent_cuda, "run", watched)
+    words = {"num_layers": 3, "batch_first": batch_first}
+    ragged = "" if name == "layers" else name
+    case = Case(T=6, B=5, I=9, H=33, ragged=ragged, states=True, options=words)
+    if not ragged:
+        module = make_modules(kind, case, torch.float32)[2].requires_grad_(False)
+        with use_backend("cuda"):
+            shape = (5, 6, 9) if batch_first else (6, 5, 9)
+            said = str(encdec_fast.explain(module, torch.randn(shape)))
+        assert "3 layers at once" in said
+    checks.check_forward(kind, case, torch.float32, "cuda")
+    assert launches == [2]

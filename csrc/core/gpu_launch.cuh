@@ -12,8 +12,9 @@ struct Launch {
   int grid[3];
   int threads;
   int shared_bytes;
-  int cluster;  // blocks along x that share a cluster; 0: none, and all blocks run at the same time
-  void* stream;  // cudaStream_t
+  int cluster;       // blocks along x that share a cluster; 0: none
+  bool cooperative;  // all blocks run at the same time, or the launch is an error
+  void* stream;      // cudaStream_t
 };
 
 }  // namespace encdec::gpu
@@ -35,15 +36,17 @@ void launch(const Launch& l, void (*kernel)(Parameters...), Arguments... argumen
   const void* const function = reinterpret_cast<const void*>(kernel);
   check(cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize, l.shared_bytes),
         "shared memory");
-  cudaLaunchAttribute attribute{};
+  cudaLaunchAttribute attributes[2] = {};
+  unsigned count = 0;
   if (l.cluster > 0) {
     check(cudaFuncSetAttribute(function, cudaFuncAttributeNonPortableClusterSizeAllowed, 1),
           "cluster");
-    attribute.id = cudaLaunchAttributeClusterDimension;
-    attribute.val.clusterDim = {static_cast<unsigned>(l.cluster), 1, 1};
-  } else {
-    attribute.id = cudaLaunchAttributeCooperative;
-    attribute.val.cooperative = 1;
+    attributes[count].id = cudaLaunchAttributeClusterDimension;
+    attributes[count++].val.clusterDim = {static_cast<unsigned>(l.cluster), 1, 1};
+  }
+  if (l.cooperative) {
+    attributes[count].id = cudaLaunchAttributeCooperative;
+    attributes[count++].val.cooperative = 1;
   }
   cudaLaunchConfig_t config{};
   config.gridDim = dim3(static_cast<unsigned>(l.grid[0]), static_cast<unsigned>(l.grid[1]),
@@ -51,8 +54,8 @@ void launch(const Launch& l, void (*kernel)(Parameters...), Arguments... argumen
   config.blockDim = dim3(static_cast<unsigned>(l.threads));
   config.dynamicSmemBytes = static_cast<size_t>(l.shared_bytes);
   config.stream = static_cast<cudaStream_t>(l.stream);
-  config.attrs = &attribute;
-  config.numAttrs = 1;
+  config.attrs = attributes;
+  config.numAttrs = count;
   check(cudaLaunchKernelEx(&config, kernel, static_cast<Parameters>(arguments)...), "launch");
 }
 

@@ -349,7 +349,8 @@ __global__ void __launch_bounds__(kThreads, 1) decode(const __grid_constant__ De
 
 template <class T>
 void launch_step(const DecodeStep& s, int blocks, void* stream) {
-  Launch launch{{blocks, 1, 1}, kThreads, static_cast<int>(shared_bytes(s)), 0, stream};
+  const int bytes = static_cast<int>(shared_bytes(s));
+  const Launch launch{{blocks, 1, 1}, kThreads, bytes, 0, true, stream};
   const int rows = padded_rows(s.R);
   if (rows == 1) return encdec::gpu::launch(launch, &decode<T, 1>, s);
   if (rows == 4) return encdec::gpu::launch(launch, &decode<T, 4>, s);

@@ -72,21 +72,29 @@ std::string rnn_plan(int cell, int64_t steps, int64_t rows, int64_t batch, int64
 }
 
 // (the plan as rnn_forward of libencdec_ops_cuda.so takes it, empty if there is none; bytes that a
-// launch exchanges; the plan in words, or why there is none; why something else should be faster)
-std::tuple<std::vector<int64_t>, int64_t, std::string, std::string> rnn_gpu_plan(
+// launch exchanges; microseconds of a step, predicted; the plan in words, or why there is none; why
+// something else should be faster)
+std::tuple<std::vector<int64_t>, int64_t, double, std::string, std::string> rnn_gpu_plan(
     int cell, const std::string& format, bool backward, int batch, int hidden_size, int directions,
-    int capability, int processors, int shared_bytes, int cluster) {
+    int layers, int capability, int processors, int shared_bytes, int cluster) {
   using namespace encdec::rnn;
-  const gpu::Shape shape{
-      static_cast<Cell>(cell), format_named(format), backward, batch, hidden_size, directions};
+  const gpu::Shape shape{static_cast<Cell>(cell),
+                         format_named(format),
+                         backward,
+                         batch,
+                         hidden_size,
+                         directions,
+                         layers};
   gpu::Plan p;
   std::string why_not;
   if (!gpu::make_plan(shape, {capability, processors, shared_bytes, cluster}, p, why_not)) {
-    return {{}, 0, why_not, {}};
+    return {{}, 0, 0, why_not, {}};
   }
   return {{p.cluster, p.tile, p.blocks, p.row_groups, p.k_groups, p.chunk, p.slice, p.launch},
           gpu::exchange_bytes(shape, p),
-          gpu::describe(shape, p), gpu::slower(shape, p)};
+          p.microseconds,
+          gpu::describe(shape, p),
+          gpu::slower(shape, p)};
 }
 
 }  // namespace
@@ -113,10 +121,10 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
         py::arg("directions"), py::arg("format"), py::arg("threads"),
         "How the cpu backend would cut a recurrent call, in words. `rows` counts real steps.");
   m.def("rnn_gpu_plan", &rnn_gpu_plan, py::arg("cell"), py::arg("format"), py::arg("backward"),
-        py::arg("batch"), py::arg("hidden_size"), py::arg("directions"), py::arg("capability"),
-        py::arg("processors"), py::arg("shared_bytes"), py::arg("cluster"),
-        "How the cuda backend would cut a recurrence: (plan, bytes to exchange, words, why\n"
-        "something else should be faster). The plan is empty where there is none, and the words\n"
-        "then say why.");
+        py::arg("batch"), py::arg("hidden_size"), py::arg("directions"), py::arg("layers"),
+        py::arg("capability"), py::arg("processors"), py::arg("shared_bytes"), py::arg("cluster"),
+        "How the cuda backend would cut a recurrence: (plan, bytes to exchange, microseconds of\n"
+        "a step, words, why something else should be faster). The plan is empty where there is\n"
+        "none, and the words then say why.");
   encdec::generation::bind(m);
 }

@@ -12,18 +12,27 @@ class CellOp {
   using Number = T;
   using Call = Arguments;
 
-  __device__ CellOp(const Arguments& call, int direction) : call(call), d(direction) {}
+  // group: a direction, or a layer of one direction.
+  __device__ CellOp(const Arguments& call, int group, int direction)
+      : call(call), q(group), d(direction) {}
 
   __device__ int H() const { return call.steps.H; }
 
   // A unit's row of a gate's part of the weights.
   __device__ const T* row_of(int gates, int gate, int unit) const {
-    const int64_t row = (static_cast<int64_t>(d) * gates + gate) * H() + unit;
-    return static_cast<const T*>(call.weight) + row * ((H() + kRowMultiple - 1) & -kRowMultiple);
+    return row_in(call.weight, q, gates, gate, unit);
   }
 
  protected:
   __device__ const Steps& steps() const { return call.steps; }
+
+  // Numbers in a row of weights, and in one that is handed up.
+  __device__ int row_numbers() const { return (H() + kRowMultiple - 1) & -kRowMultiple; }
+
+  __device__ const T* row_in(const void* weight, int matrix, int gates, int gate, int unit) const {
+    const int64_t row = (static_cast<int64_t>(matrix) * gates + gate) * H() + unit;
+    return static_cast<const T*>(weight) + row * row_numbers();
+  }
 
   // In [places][D][H].
   __device__ int64_t at_place(int64_t place, int unit) const {
@@ -35,11 +44,11 @@ class CellOp {
   }
   // In [D][rows][4][H].
   __device__ int64_t at_gates(const Element& e) const {
-    return (static_cast<int64_t>(d) * steps().rows + e.row) * 4 * H() + e.unit;
+    return (static_cast<int64_t>(q) * steps().rows + e.row) * 4 * H() + e.unit;
   }
   // In [D][B][H].
   __device__ int64_t at_state(const Element& e) const {
-    return (static_cast<int64_t>(d) * steps().B + e.sequence) * H() + e.unit;
+    return (static_cast<int64_t>(q) * steps().B + e.sequence) * H() + e.unit;
   }
 
   // Whether this is the sequence's first step in its direction, or its last.
@@ -58,7 +67,8 @@ class CellOp {
   }
 
   const Arguments& call;
-  const int d;
+  const int q;  // group
+  const int d;  // direction
 };
 
 template <class T>
@@ -72,11 +82,40 @@ class ForwardOp : public CellOp<T, Forward> {
   __device__ float* carry() const { return this->call.c; }
   __device__ int extra_steps() const { return 0; }
 
+  // Layers that share a launch.
+  __device__ static int direction_of(const Forward& call, int group) {
+    return call.layers > 1 ? 0 : group;
+  }
+  __device__ bool is_above() const { return this->call.layers > 1 && this->q > 0; }
+  __device__ bool is_below() const { return this->q + 1 < this->call.layers; }
+  __device__ const T* input_row(int gates, int gate, int unit) const {
+    return this->row_in(this->call.input_weight, this->q - 1, gates, gate, unit);
+  }
+  // Steps, times blocks, that a layer's group has done.
+  __device__ uint32_t* finished(int layer, int slices, int slice) const {
+    return this->call.finished + layer * slices + slice;
+  }
+  // Rows of the states of a layer that the one above it reads.
+  __device__ T* handed(int layer, int64_t row) const {
+    const int64_t at = static_cast<int64_t>(layer) * this->steps().rows + row;
+    return static_cast<T*>(this->call.handed_up) + at * this->row_numbers();
+  }
+
  protected:
+  // Of a gate: the product with the input, or of a layer above the bias alone.
+  __device__ float input_of(const Element& e, int gates, int gate) const {
+    if (!is_above()) return this->call.products[this->at_row(e, gates) + gate * this->H()];
+    if (this->call.input_bias == nullptr) return 0.0f;
+    const int64_t at = static_cast<int64_t>(this->q - 1) * gates + gate;
+    return this->call.input_bias[at * this->H() + e.unit];
+  }
+
   // The new state, rounded, to where it is asked for.
   __device__ T keep(const Element& e, float h) const {
     const T rounded = from_float<T>(h);
-    static_cast<T*>(this->call.output)[this->at_place(e.place, e.unit)] = rounded;
+    if (!is_below()) {
+      static_cast<T*>(this->call.output)[this->at_place(e.place, e.unit)] = rounded;
+    }
     if (this->is_last(e)) static_cast<T*>(this->call.h_n)[this->at_state(e)] = rounded;
     return rounded;
   }
@@ -95,6 +134,7 @@ class BackwardOp : public CellOp<T, Backward> {
     bool reset = false;
   };
 
+  __device__ static int direction_of(const Backward&, int group) { return group; }
   __device__ const T* first_state() const { return nullptr; }
   __device__ float* carry() const { return this->call.carry; }
   __device__ int extra_steps() const { return this->call.grad_h0 != nullptr ? 1 : 0; }

@@ -24,9 +24,8 @@ class GruForward : public ForwardOp<T> {
   __device__ Inputs load(const Element& e) const {
     Inputs in;
     if (!e.real) return in;
-    const float* const from = this->call.products + this->at_row(e, kGates);
-    for (int g = 0; g < kGates; ++g) in.products[g] = from[g * this->H()];
-    if (this->call.bias != nullptr) in.bias = this->call.bias[this->d * this->H() + e.unit];
+    for (int g = 0; g < kGates; ++g) in.products[g] = this->input_of(e, kGates, g);
+    if (this->call.bias != nullptr) in.bias = this->call.bias[this->q * this->H() + e.unit];
     in.reset = this->is_reset(e);
     return in;
   }
@@ -90,12 +89,14 @@ class GruBackward : public BackwardOp<T> {
 
 }  // namespace
 
-void gru_forward(const Forward& f, Format dtype, const Plan& plan, void* exchange, void* stream) {
-  run_recurrence<GruForward>(f, Cell::kGru, dtype, plan, exchange, stream);
+void gru_forward(const Forward& f, const Shape& shape, const Plan& plan, void* exchange,
+                 void* stream) {
+  run_recurrence<GruForward>(f, shape, plan, exchange, stream);
 }
 
-void gru_backward(const Backward& b, Format dtype, const Plan& plan, void* exchange, void* stream) {
-  run_recurrence<GruBackward>(b, Cell::kGru, dtype, plan, exchange, stream);
+void gru_backward(const Backward& b, const Shape& shape, const Plan& plan, void* exchange,
+                  void* stream) {
+  run_recurrence<GruBackward>(b, shape, plan, exchange, stream);
 }
 
 }  // namespace encdec::rnn::gpu

@@ -23,8 +23,7 @@ class LstmForward : public ForwardOp<T> {
   __device__ Inputs load(const Element& e) const {
     Inputs in;
     if (!e.real) return in;
-    const float* const from = this->call.products + this->at_row(e, kGates);
-    for (int g = 0; g < kGates; ++g) in.products[g] = from[g * this->H()];
+    for (int g = 0; g < kGates; ++g) in.products[g] = this->input_of(e, kGates, g);
     in.reset = this->is_reset(e);
     return in;
   }
@@ -39,7 +38,9 @@ class LstmForward : public ForwardOp<T> {
     c = (in.reset ? 0.0f : f * c) + i * g;
     published[0] = this->keep(e, o * gpu::tanh(c));
     const Forward& call = this->call;
-    if (call.cells != nullptr) this->write(call.cells, this->at_place(e.place, e.unit), c);
+    if (call.cells != nullptr && !this->is_below()) {
+      this->write(call.cells, this->at_place(e.place, e.unit), c);
+    }
     if (call.gates != nullptr) {
       const float gates[kGates] = {i, f, g, o};
       for (int k = 0; k < kGates; ++k) {
@@ -98,13 +99,14 @@ class LstmBackward : public BackwardOp<T> {
 
 }  // namespace
 
-void lstm_forward(const Forward& f, Format dtype, const Plan& plan, void* exchange, void* stream) {
-  run_recurrence<LstmForward>(f, Cell::kLstm, dtype, plan, exchange, stream);
+void lstm_forward(const Forward& f, const Shape& shape, const Plan& plan, void* exchange,
+                  void* stream) {
+  run_recurrence<LstmForward>(f, shape, plan, exchange, stream);
 }
 
-void lstm_backward(const Backward& b, Format dtype, const Plan& plan, void* exchange,
+void lstm_backward(const Backward& b, const Shape& shape, const Plan& plan, void* exchange,
                    void* stream) {
-  run_recurrence<LstmBackward>(b, Cell::kLstm, dtype, plan, exchange, stream);
+  run_recurrence<LstmBackward>(b, shape, plan, exchange, stream);
 }
 
 }  // namespace encdec::rnn::gpu

@@ -7,6 +7,7 @@
 //   weights(gate, segment, unit)     a unit's weights for that product, of that segment's H numbers
 //   Inputs, load(element)   what an element needs beside the products: asked for ahead of time
 //   finish(element, sums, inputs, previous, carry, published)   the cell itself
+//   is_above, is_below, input_row, handed   of layers that share a launch; forward only
 //
 // An element is one hidden unit of one sequence. `carry` is a float of it that stays in the block:
 // the cell state, or its gradient.
@@ -94,12 +95,11 @@ __device__ inline Quad gather(T value, int lane) {
   return lane & 2 ? Quad{{low2, high2, low, high}} : Quad{{low, high, low2, high2}};
 }
 
-// A lane's part of a tile of weights. Rows are whole quads, so that a quad lies in one row, or past
-// its end.
-template <class Op, class Products>
-__device__ inline Tile fetch(const Op& op, int gate, int first_unit, int tile, int segment_width,
-                             int lane) {
-  using T = typename Op::Number;
+// A lane's part of a tile of weights, of the rows that row(segment, unit) finds. Rows are whole
+// quads, so that a quad lies in one row, or past its end.
+template <class T, class Products, class Row>
+__device__ inline Tile fetch(int H, int first_unit, int tile, int segment_width, int lane,
+                             Row row) {
   Tile found;
 #pragma unroll
   for (int part = 0; part < 2; ++part) {
@@ -108,11 +108,32 @@ __device__ inline Tile fetch(const Op& op, int gate, int first_unit, int tile, i
         (tile * kTileBytes + Products::byte(lane, part)) / static_cast<int>(sizeof(T));
     const int segment = column / segment_width, k = column % segment_width;
     found.part[part] = Quad{};
-    if (unit < op.H() && k < op.H()) {
-      found.part[part] = *reinterpret_cast<const Quad*>(op.weights(gate, segment, unit) + k);
+    if (unit < H && k < H) {
+      found.part[part] = *reinterpret_cast<const Quad*>(row(segment, unit) + k);
     }
   }
   return found;
+}
+
+// Tiles that a warp keeps in shared memory, a lane's parts of each; `stored` is the lane's place.
+__device__ inline void store_tile(Quad* stored, int i, const Tile& w) {
+  stored[2 * i * kWarp] = w.part[0];
+  stored[(2 * i + 1) * kWarp] = w.part[1];
+}
+template <int kGates>
+__device__ inline void load_tiles(Tile (&w)[kGates], const Quad* stored, int i) {
+#pragma unroll
+  for (int g = 0; g < kGates; ++g) {
+    const int at = 2 * (i * kGates + g);
+    w[g] = {{stored[at * kWarp], stored[(at + 1) * kWarp]}};
+  }
+}
+
+// A number of a unit, added up over the warps of its row group.
+__device__ inline float add_parts(const float* part, int warps, int stride) {
+  float sum = 0.0f;
+  for (int k = 0; k < warps; ++k) sum += part[k * stride];
+  return sum;
 }
 
 // What one block does.
@@ -127,24 +148,26 @@ __device__ inline void run_block(const typename Op::Call& call, const Plan& plan
   const Steps& steps = call.steps;
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
   const int row_group = warp / plan.k_groups, k_group = warp % plan.k_groups;
-  const int units = plan.row_groups * kUnits, d = blockIdx.z;
+  const int units = plan.row_groups * kUnits, q = blockIdx.z;
+  const int d = Op::direction_of(call, q);
   const int gate_stride = plan.chunk * kPartialStride;  // of partial sums
   const int base = first_sequence + blockIdx.y * plan.slice;
   const int rows = min(plan.slice, steps.B - base);
   const int block_unit = blockIdx.x * units, first_unit = block_unit + row_group * kUnits;
   const int segment_width = at.width / Op::kPublished;
-  const Op op(call, d);
+  const Op op(call, q, d);
 
   char* const memory = shared_memory();
   float* const partials = reinterpret_cast<float*>(memory + at.partials);
+  float* const partials_below = reinterpret_cast<float*>(memory + at.partials_below);
   float* const carries = reinterpret_cast<float*>(memory + at.carry);
   int* const lengths = reinterpret_cast<int*>(memory + at.sequences);
   int* const own_numbers = lengths + plan.slice;
   const int slices = (steps.B + plan.slice - 1) / plan.slice;
   const Group group{memory,
                     exchange_memory,
-                    d * slices + base / plan.slice,
-                    slices * steps.directions,
+                    q * slices + base / plan.slice,
+                    slices * static_cast<int>(gridDim.z),
                     plan.blocks,
                     rows,
                     plan.slice,
@@ -162,36 +185,63 @@ __device__ inline void run_block(const typename Op::Call& call, const Plan& plan
   }
   for (int i = threadIdx.x; i < rows * units; i += blockDim.x) {
     const int unit = block_unit + i % units;
-    const int64_t own = (static_cast<int64_t>(d) * steps.B + base + i / units) * steps.H + unit;
+    const int64_t own = (static_cast<int64_t>(q) * steps.B + base + i / units) * steps.H + unit;
     carries[i] = unit < steps.H && op.carry() != nullptr ? op.carry()[own] : 0.0f;
   }
   sync_block();
   if (op.first_state() != nullptr) {
-    const T* const from = op.first_state() + (static_cast<int64_t>(d) * steps.B + base) * steps.H;
+    const T* const from = op.first_state() + (static_cast<int64_t>(q) * steps.B + base) * steps.H;
     for (int i = threadIdx.x; i < rows * steps.H; i += blockDim.x) {
       char* const row = memory + at.state + i / steps.H * at.row_bytes;
       reinterpret_cast<T*>(row)[i % steps.H] = from[i];
     }
   }
   const int mine = (at.tiles - k_group + plan.k_groups - 1) / plan.k_groups;  // tiles of this warp
+  const auto fetch_of = [&](int i, int g) {
+    const auto row = [&](int segment, int unit) { return op.weights(g, segment, unit); };
+    const int tile = k_group + i * plan.k_groups;
+    return fetch<T, Products>(steps.H, first_unit, tile, segment_width, lane, row);
+  };
   Tile kept[kKept][kGates];
 #pragma unroll
   for (int i = 0; i < kKept; ++i) {
 #pragma unroll
-    for (int g = 0; g < kGates; ++g) {
-      const int tile = k_group + i * plan.k_groups;
-      kept[i][g] =
-          i < mine ? fetch<Op, Products>(op, g, first_unit, tile, segment_width, lane) : Tile{};
-    }
+    for (int g = 0; g < kGates; ++g) kept[i][g] = i < mine ? fetch_of(i, g) : Tile{};
   }
-  Quad* const spilled =
-      reinterpret_cast<Quad*>(memory + at.weights) + warp * at.spilled * kGates * 2 * kWarp + lane;
+  Quad* const spilled = reinterpret_cast<Quad*>(memory + at.weights) +
+                        warp * (at.spilled + at.below) * kGates * 2 * kWarp + lane;
   for (int i = kKept; i < mine; ++i) {
-    for (int g = 0; g < kGates; ++g) {
-      const int tile = k_group + i * plan.k_groups, to = ((i - kKept) * kGates + g) * 2 * kWarp;
-      const Tile w = fetch<Op, Products>(op, g, first_unit, tile, segment_width, lane);
-      spilled[to] = w.part[0];
-      spilled[to + kWarp] = w.part[1];
+    for (int g = 0; g < kGates; ++g) store_tile(spilled, (i - kKept) * kGates + g, fetch_of(i, g));
+  }
+  // What is left of a launch of layers: the weights of the product with the layer below.
+  Quad* const below = spilled + at.spilled * kGates * 2 * kWarp;
+  char* const handed = memory + at.handed;
+  // Worked out where they are used: there are no registers to keep them in.
+  const auto is_above = [&] {
+    if constexpr (Op::kBackward)
+      return false;
+    else
+      return op.is_above();
+  };
+  const auto is_below = [&] {
+    if constexpr (Op::kBackward)
+      return false;
+    else
+      return op.is_below();
+  };
+  if constexpr (!Op::kBackward) {
+    if (op.is_above()) {
+      for (int i = 0; i < mine; ++i) {
+        for (int g = 0; g < kGates; ++g) {
+          const auto row = [&](int, int unit) { return op.input_row(kGates, g, unit); };
+          const int tile = k_group + i * plan.k_groups;
+          const Tile w = fetch<T, Products>(steps.H, first_unit, tile, segment_width, lane, row);
+          store_tile(below, i * kGates + g, w);
+        }
+      }
+      for (int i = threadIdx.x; i < at.state_bytes / 16; i += blockDim.x) {
+        reinterpret_cast<Quad*>(handed)[i] = Quad{};
+      }
     }
   }
   exchange.start();
@@ -217,17 +267,50 @@ __device__ inline void run_block(const typename Op::Call& call, const Plan& plan
     element.place_ahead = walk.place(step, element.sequence, own, 1);
     return element;
   };
+  // The states that the layer below had in a step, once it has had it.
+  const auto take_handed = [&](int step) {
+    if constexpr (!Op::kBackward) {
+      if (threadIdx.x == 0) {
+        wait_for(op.finished(q - 1, slices, base / plan.slice),
+                 static_cast<uint32_t>(plan.blocks * (step + 1)));
+      }
+      sync_block();
+      const int quads = (steps.H + kPeers - 1) / kPeers;
+      for (int i = threadIdx.x; i < rows * quads; i += blockDim.x) {
+        const int n = i / quads;
+        if (walk.t(step) >= lengths[n]) continue;
+        const T* const from = op.handed(q - 1, walk.row(step, base + n, own_numbers[n]));
+        copy_async(handed + n * at.row_bytes + i % quads * 16, from + i % quads * kPeers);
+      }
+      wait_for_copies();
+      sync_block();
+    }
+  };
   for (int step = 0; step < count; ++step) {
     for (int chunk = 0; chunk < rows; chunk += plan.chunk) {
       typename Op::Inputs inputs[kPasses];
 #pragma unroll
       for (int p = 0; p < kPasses; ++p) inputs[p] = op.load(element_of(step, chunk, number_of(p)));
-      if (chunk == 0) exchange.wait(step, step + 1 < count);
+      if (chunk == 0 && is_above()) take_handed(step);
 
       // The weights stay where they are, so a tile of sequences after the other costs no more than
       // all at once, and needs fewer registers.
 #pragma unroll 1
       for (int j = 0; j < plan.chunk && chunk + j < rows; j += Products::kRows) {
+        if (is_above()) {
+          Products products;
+          const char* state = handed + (chunk + j) * at.row_bytes + k_group * kTileBytes;
+          for (int i = 0; i < mine; ++i) {
+            Tile w[kGates];
+            load_tiles(w, below, i);
+            products.multiply_tile(w, state, at.row_bytes, lane);
+            state += plan.k_groups * kTileBytes;
+          }
+          products.write(partials_below + warp * gate_stride * kGates + j * kPartialStride,
+                         gate_stride, lane);
+        }
+        // What the layer below does not delay, and the state of this one is waited for last.
+        if (chunk == 0 && j == 0) exchange.wait(step, step + 1 < count);
         Products products;
         const char* state =
             exchange.state(step) + (chunk + j) * at.row_bytes + k_group * kTileBytes;
@@ -241,11 +324,7 @@ __device__ inline void run_block(const typename Op::Call& call, const Plan& plan
         }
         for (int i = kKept; i < mine; ++i) {
           Tile w[kGates];
-#pragma unroll
-          for (int g = 0; g < kGates; ++g) {
-            const int from = ((i - kKept) * kGates + g) * 2 * kWarp;
-            w[g] = {{spilled[from], spilled[from + kWarp]}};
-          }
+          load_tiles(w, spilled, i - kKept);
           products.multiply_tile(w, state, at.row_bytes, lane);
           state += plan.k_groups * kTileBytes;
         }
@@ -263,34 +342,48 @@ __device__ inline void run_block(const typename Op::Call& call, const Plan& plan
         T published[Op::kPublished] = {};
         if (element.inside) {
           float sums[kGates];
+          const int at_part = row_group * plan.k_groups * kGates * gate_stride +
+                              e / kUnits * kPartialStride + e % kUnits;
 #pragma unroll
           for (int g = 0; g < kGates; ++g) {
-            const float* part = partials + (row_group * plan.k_groups * kGates + g) * gate_stride +
-                                e / kUnits * kPartialStride + e % kUnits;
-            sums[g] = 0.0f;
-            for (int k = 0; k < plan.k_groups; ++k) {
-              sums[g] += part[k * kGates * gate_stride];
+            const int own = at_part + g * gate_stride;
+            sums[g] = add_parts(partials + own, plan.k_groups, kGates * gate_stride);
+            if constexpr (!Op::kBackward) {
+              if (is_above()) {
+                inputs[p].products[g] +=
+                    add_parts(partials_below + own, plan.k_groups, kGates * gate_stride);
+              }
             }
           }
           const T previous = reinterpret_cast<const T*>(
               exchange.state(step) + n * at.row_bytes)[Op::kBackward ? 0 : element.unit];
           op.finish(element, sums, inputs[p], previous, carries[n * units + u], published);
         }
-        if (step + 1 == count) continue;
+        if (step + 1 == count && !is_below()) continue;
 #pragma unroll
         for (int s = 0; s < Op::kPublished; ++s) {
           const Quad quad = gather(published[s], lane);
           const int first = element.unit / kPeers * kPeers, column = s * segment_width + first;
-          if (first < steps.H && e < plan.chunk * kUnits && n < rows) {
+          if (first >= steps.H || e >= plan.chunk * kUnits || n >= rows) continue;
+          if (step + 1 < count) {
             exchange.publish(step, n, column * static_cast<int>(sizeof(T)), quad, lane % kPeers,
                              kPeers);
+          }
+          if constexpr (!Op::kBackward) {
+            if (is_below() && lane % kPeers == 0 && element.t < lengths[n]) {
+              store_released(reinterpret_cast<Quad*>(op.handed(q, element.row) + first), quad);
+            }
           }
         }
       }
       // The next chunk's products take the place of this one's.
       if (chunk + plan.chunk < rows) sync_threads_of(1 + row_group, kWarp * plan.k_groups);
     }
-    if (step + 1 < count) exchange.arrive();
+    uint32_t* count_above = nullptr;
+    if constexpr (!Op::kBackward) {
+      if (op.is_below()) count_above = op.finished(q, slices, base / plan.slice);
+    }
+    exchange.arrive(step + 1 < count, count_above);
     walk.advance(step + 1);
   }
 
@@ -298,7 +391,7 @@ __device__ inline void run_block(const typename Op::Call& call, const Plan& plan
   if (op.carry() == nullptr) return;
   for (int i = threadIdx.x; i < rows * units; i += blockDim.x) {
     const int unit = block_unit + i % units;
-    const int64_t own = (static_cast<int64_t>(d) * steps.B + base + i / units) * steps.H + unit;
+    const int64_t own = (static_cast<int64_t>(q) * steps.B + base + i / units) * steps.H + unit;
     if (unit < steps.H) op.carry()[own] = carries[i];
   }
 }
@@ -322,10 +415,11 @@ void launch_all(const typename Op::Call& call, const Shape& shape, const Plan& p
     Launch launch;
     launch.grid[0] = plan.blocks;
     launch.grid[1] = plan.slices(sequences);
-    launch.grid[2] = shape.directions;
+    launch.grid[2] = shape.stacked();
     launch.threads = plan.threads();
     launch.shared_bytes = at.bytes;
     launch.cluster = Exchange::kCluster ? plan.blocks : 0;
+    launch.cooperative = shape.layers > 1 || !Exchange::kCluster;
     launch.stream = stream;
     encdec::gpu::launch(launch, &recurrence<Op, Products, Exchange>, call, plan, at,
                         static_cast<char*>(exchange), first);
@@ -354,13 +448,11 @@ void choose_products(const Call& call, const Shape& shape, const Plan& plan, voi
 }
 
 template <template <class> class Op, class Call>
-void run_recurrence(const Call& call, Cell cell, Format dtype, const Plan& plan, void* exchange,
+void run_recurrence(const Call& call, const Shape& shape, const Plan& plan, void* exchange,
                     void* stream) {
-  const Steps& s = call.steps;
-  const Shape shape{cell, dtype, Op<float>::kBackward, s.B, s.H, s.directions};
-  if (dtype == Format::kFloat32) {
+  if (shape.dtype == Format::kFloat32) {
     choose_products<Op, float>(call, shape, plan, exchange, stream);
-  } else if (dtype == Format::kBfloat16) {
+  } else if (shape.dtype == Format::kBfloat16) {
     choose_products<Op, Bfloat16>(call, shape, plan, exchange, stream);
   } else {
     choose_products<Op, Float16>(call, shape, plan, exchange, stream);

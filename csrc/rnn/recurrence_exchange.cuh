@@ -68,12 +68,15 @@ class ThroughL2 {
     }
   }
 
-  // This block has published all of its step; all threads.
-  __device__ void arrive() {
+  // This block is done with a step; all threads. more: there is another one, for which it has
+  // published. above: where the layer above counts it, or null.
+  __device__ void arrive(bool more, uint32_t* above) {
+    if (!more && above == nullptr) return;
     sync_block();
     if (threadIdx.x == 0) {
       fence();
-      add(counter_, 1);
+      if (more) add(counter_, 1);
+      if (above != nullptr) add(above, 1);
     }
   }
 
@@ -125,7 +128,14 @@ class ThroughCluster {
     }
   }
 
-  __device__ void arrive() {}
+  __device__ void arrive(bool, uint32_t* above) {
+    if (above == nullptr) return;
+    sync_block();
+    if (threadIdx.x == 0) {
+      fence();
+      add(above, 1);
+    }
+  }
 
  private:
   const Group& group_;

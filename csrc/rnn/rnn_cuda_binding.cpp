@@ -36,24 +36,27 @@ const void* given(const OptionalTensor& t, const Tensor& like, ScalarType type, 
   return t->data_ptr();
 }
 
+// D: groups, which are directions or, if there are more than one, layers.
 struct Sizes {
   Cell cell;
-  int64_t D, H, G;
+  int64_t D, H, G, layers;
   ScalarType type;
   Format dtype;
 };
 
-Sizes sizes_of(int64_t cell, const Tensor& weight) {
+Sizes sizes_of(int64_t cell, const Tensor& weight, bool stacked = false) {
   STD_TORCH_CHECK(cell == 0 || cell == 1, "there are GPU kernels of LSTM and GRU only");
   STD_TORCH_CHECK(weight.dim() == 3, "weight must have three dimensions");
   const int64_t G = gate_count(static_cast<Cell>(cell)), H = weight.size(1) / G;
   STD_TORCH_CHECK(
-      H > 0 && weight.size(1) == G * H && weight.size(0) >= 1 && weight.size(0) <= 2 &&
+      H > 0 && weight.size(1) == G * H && weight.size(0) >= 1 && (stacked || weight.size(0) <= 2) &&
           weight.size(2) == round_up(H, kRowMultiple),
       "weight must have the shape (directions, gates * H, H filled up to a multiple of ",
       kRowMultiple, ")");
   check_device_tensor(weight, weight, weight.scalar_type(), weight.numel(), "weight");
-  return {static_cast<Cell>(cell), weight.size(0), H, G, weight.scalar_type(), format_of(weight)};
+  const int64_t D = weight.size(0);
+  return {static_cast<Cell>(cell), D, H, G, stacked ? D : 1, weight.scalar_type(),
+          format_of(weight)};
 }
 
 Steps steps_of(const Layout& layout, const Sizes& s, const Tensor& like,
@@ -65,7 +68,8 @@ Steps steps_of(const Layout& layout, const Sizes& s, const Tensor& like,
   STD_TORCH_CHECK(layout.rows <= layout.T * layout.B, "there are more rows than steps");
   Steps steps{};
   steps.T = static_cast<int32_t>(layout.T), steps.B = static_cast<int32_t>(layout.B);
-  steps.H = static_cast<int32_t>(s.H), steps.directions = static_cast<int32_t>(s.D);
+  steps.H = static_cast<int32_t>(s.H),
+  steps.directions = static_cast<int32_t>(s.layers > 1 ? 1 : s.D);
   steps.rows = layout.rows, steps.step = layout.step, steps.sequence = layout.sequence;
   STD_TORCH_CHECK(!starts || lengths, "starts of steps need lengths");
   STD_TORCH_CHECK(!order || starts, "an order of sequences needs starts of steps");
@@ -89,9 +93,12 @@ int64_t places_of(const Layout& layout, const OptionalTensor& starts, const Opti
   return packed ? layout.rows : places;
 }
 
-void check_plan(const Sizes& s, const Steps& steps, const Plan& plan, bool backward,
-                const Tensor& exchange) {
-  const Shape own{s.cell, s.dtype, backward, steps.B, steps.H, steps.directions};
+Shape shape_of(const Sizes& s, const Steps& steps, bool backward) {
+  const int32_t layers = static_cast<int32_t>(s.layers);
+  return {s.cell, s.dtype, backward, steps.B, steps.H, steps.directions, layers};
+}
+
+void check_plan(const Shape& own, const Plan& plan, const Tensor& exchange) {
   // The device's limits were the planner's to know; a launch that exceeds them fails by itself.
   const Limits none{90, INT32_MAX, INT32_MAX, 16};
   const std::string reason = refuse(own, none, plan);
@@ -107,18 +114,21 @@ void rnn_forward(int64_t cell, Tensor products, Tensor weight, OptionalTensor bi
                  OptionalTensor h0, OptionalTensor c, Tensor output, OptionalTensor cells,
                  OptionalTensor gates, Tensor h_n, std::vector<int64_t> layout_numbers,
                  OptionalTensor lengths, OptionalTensor starts, OptionalTensor order,
-                 OptionalTensor resets, std::vector<int64_t> plan_numbers, Tensor exchange) {
-  const Sizes s = sizes_of(cell, weight);
+                 OptionalTensor resets, std::vector<int64_t> plan_numbers, Tensor exchange,
+                 OptionalTensor input_weight, OptionalTensor input_bias, OptionalTensor handed_up) {
+  const Sizes s = sizes_of(cell, weight, input_weight.has_value());
   const Layout layout = layout_of(layout_numbers);
   const Plan plan = plan_of(plan_numbers);
   const bool lstm = s.cell == Cell::kLstm;
   Forward f{};
   f.steps = steps_of(layout, s, weight, lengths, starts, order, resets);
-  check_plan(s, f.steps, plan, false, exchange);
+  const Shape shape = shape_of(s, f.steps, false);
+  check_plan(shape, plan, exchange);
+  const int64_t directions = f.steps.directions;
   const int64_t places = places_of(layout, starts, order), state = s.D * layout.B * s.H;
-  check_device_tensor(products, weight, ScalarType::Float, layout.rows * s.D * s.G * s.H,
+  check_device_tensor(products, weight, ScalarType::Float, layout.rows * directions * s.G * s.H,
                       "products");
-  check_device_tensor(output, weight, s.type, places * s.D * s.H, "output");
+  check_device_tensor(output, weight, s.type, places * directions * s.H, "output");
   check_device_tensor(h_n, weight, s.type, state, "h_n");
   STD_TORCH_CHECK(lstm == c.has_value(), "an LSTM has c, a GRU has not");
   f.products = static_cast<const float*>(products.data_ptr());
@@ -127,14 +137,27 @@ void rnn_forward(int64_t cell, Tensor products, Tensor weight, OptionalTensor bi
   f.h0 = given(h0, weight, s.type, state, "h0");
   f.c = static_cast<float*>(const_cast<void*>(given(c, weight, ScalarType::Float, state, "c")));
   f.output = output.data_ptr();
-  f.cells = const_cast<void*>(given(cells, weight, s.type, places * s.D * s.H, "cells"));
+  f.cells = const_cast<void*>(given(cells, weight, s.type, places * directions * s.H, "cells"));
   if (gates) {
     STD_TORCH_CHECK(gates->numel() >= layout.rows * s.D * 4 * s.H, "gates is too small");
     f.gates = const_cast<void*>(given(gates, weight, s.type, gates->numel(), "gates"));
   }
   f.h_n = h_n.data_ptr();
-  (lstm ? lstm_forward : gru_forward)(f, s.dtype, plan, exchange.data_ptr(),
-                                      current_stream(weight));
+  f.layers = static_cast<int32_t>(s.layers);
+  if (s.layers > 1) {
+    const int64_t above = s.layers - 1;
+    STD_TORCH_CHECK(!gates, "layers that share a launch leave nothing for a gradient");
+    STD_TORCH_CHECK(handed_up, "layers that share a launch need handed_up");
+    f.input_weight =
+        given(input_weight, weight, s.type, above * s.G * s.H * weight.size(2), "input_weight");
+    f.input_bias = static_cast<const float*>(
+        given(input_bias, weight, ScalarType::Float, above * s.G * s.H, "input_bias"));
+    f.handed_up = const_cast<void*>(
+        given(handed_up, weight, s.type, above * layout.rows * weight.size(2), "handed_up"));
+    char* const end = static_cast<char*>(exchange.data_ptr()) + exchange_bytes(shape, plan);
+    f.finished = reinterpret_cast<uint32_t*>(end - finished_bytes(shape, plan));
+  }
+  (lstm ? lstm_forward : gru_forward)(f, shape, plan, exchange.data_ptr(), current_stream(weight));
 }
 
 void rnn_backward(int64_t cell, OptionalTensor grad_output, OptionalTensor grad_h_n,
@@ -150,7 +173,8 @@ void rnn_backward(int64_t cell, OptionalTensor grad_output, OptionalTensor grad_
   const bool lstm = s.cell == Cell::kLstm;
   Backward b{};
   b.steps = steps_of(layout, s, weight, lengths, starts, order, resets);
-  check_plan(s, b.steps, plan, true, exchange);
+  const Shape shape = shape_of(s, b.steps, true);
+  check_plan(shape, plan, exchange);
   const int64_t places = places_of(layout, starts, order), state = s.D * layout.B * s.H;
   const auto at_places = [&](const OptionalTensor& t, const char* name) {
     return given(t, weight, s.type, places * s.D * s.H, name);
@@ -177,7 +201,7 @@ void rnn_backward(int64_t cell, OptionalTensor grad_output, OptionalTensor grad_
   b.previous = previous.data_ptr();
   b.carry = static_cast<float*>(carry.data_ptr());
   b.grad_h0 = const_cast<void*>(at_states(grad_h0, "grad_h0"));
-  (lstm ? lstm_backward : gru_backward)(b, s.dtype, plan, exchange.data_ptr(),
+  (lstm ? lstm_backward : gru_backward)(b, shape, plan, exchange.data_ptr(),
                                         current_stream(weight));
 }
 
@@ -186,7 +210,8 @@ STABLE_TORCH_LIBRARY_FRAGMENT(encdec_fast_cuda, m) {
       "rnn_forward(int cell, Tensor products, Tensor weight, Tensor? bias, Tensor? h0, "
       "Tensor(a!)? c, Tensor(b!) output, Tensor(c!)? cells, Tensor(d!)? gates, Tensor(e!) h_n, "
       "int[] layout, Tensor? lengths, Tensor? starts, Tensor? order, Tensor? resets, "
-      "int[] plan, Tensor(f!) exchange) -> ()");
+      "int[] plan, Tensor(f!) exchange, Tensor? input_weight=None, Tensor? input_bias=None, "
+      "Tensor(g!)? handed_up=None) -> ()");
   m.def(
       "rnn_backward(int cell, Tensor? grad_output, Tensor? grad_h_n, Tensor? grad_cells, "
       "Tensor weight, Tensor gates, Tensor output, Tensor? cells, Tensor? h0, Tensor? c0, "

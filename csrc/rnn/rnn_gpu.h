@@ -11,6 +11,9 @@
 //   tile      sequences that a warp multiplies by its weights at once
 //   chunk     sequences between two barriers of a row group: some tiles
 //
+// Layers of one direction may share a launch, without gradients: each has groups of its own, which
+// multiply what the layer below hands up by weights that stay as well, one step behind it or more.
+//
 // Plain structs and raw pointers. Names are those of rnn.h; shapes beside pointers, rows of numbers
 // contiguous.
 #pragma once
@@ -43,17 +46,24 @@ struct Steps {
   const uint8_t* resets;  // [rows] the state before this row is zero; or null
 };
 
+// D is the number of directions, or of layers, if there is more than one.
 struct Forward {
   Steps steps;
-  const float* products;  // [rows][D][gates][H] of the input, with the biases
+  int32_t layers;         // 1, or more of one direction
+  const float* products;  // [rows][D][gates][H] of the input, with the biases; of the first layer
   const void* weight;     // [D][gates * H][H, to the next multiple of kRowMultiple]
   const float* bias;      // GRU: [D][H], what is added to the new gate's product of h; or null
   const void* h0;         // [D][B][H], or null: zeros
   float* c;               // LSTM: [D][B][H], the cell state before and after
-  void* output;           // [places][D][H]
+  void* output;           // [places][D][H]; of the last layer alone
   void* cells;            // LSTM: the same, or null
   void* gates;            // [D][rows][4][H], or null where no gradient is needed
   void* h_n;              // [D][B][H]
+  // Of layers above the first; else null:
+  const void* input_weight;  // [layers - 1], like weight
+  const float* input_bias;   // [layers - 1][gates][H], or null
+  void* handed_up;           // [layers - 1][rows][row of weight]: states of all but the last layer
+  uint32_t* finished;        // [layers - 1][slices] steps, times blocks, that are; zeros before it
 };
 
 struct Backward {
@@ -87,6 +97,10 @@ struct Shape {
   Format dtype;
   bool backward;
   int32_t B, H, directions;
+  int32_t layers = 1;
+
+  // Groups of a slice.
+  constexpr int32_t stacked() const { return directions * layers; }
 };
 
 struct Plan {
@@ -111,7 +125,10 @@ struct SharedLayout {
   int32_t width;      // columns of the product, whole tiles
   int32_t tiles;      // width in tiles
   int32_t spilled;    // tiles of a warp that do not fit its registers, of each gate
-  int32_t state, state_bytes, weights, partials, carry, sequences, barriers, bytes;
+  int32_t below;      // those of the product with the layer below, none of them in registers
+  int32_t state, state_bytes, weights, partials, partials_below, carry, sequences, barriers;
+  int32_t handed;  // what the layer below handed up, like a buffer of the state
+  int32_t bytes;
 };
 
 // Tiles of weights that a warp keeps in registers, eight of each; float32 needs more for its parts.
@@ -135,6 +152,7 @@ constexpr SharedLayout shared_layout(const Shape& shape, const Plan& plan) {
   const int32_t mine = (s.tiles + plan.k_groups - 1) / plan.k_groups,
                 kept = resident_tiles(bytes) / gates;
   s.spilled = mine > kept ? mine - kept : 0;
+  s.below = shape.layers > 1 ? mine : 0;
   const int32_t warps = plan.row_groups * plan.k_groups;
   const int32_t rows = (plan.slice + plan.chunk - 1) / plan.chunk * plan.chunk;
   int32_t at = 0;
@@ -145,11 +163,14 @@ constexpr SharedLayout shared_layout(const Shape& shape, const Plan& plan) {
   };
   s.state_bytes = rows * s.row_bytes;
   s.state = take(s.state_bytes * (plan.cluster ? 2 : 1));
-  s.weights = take(warps * s.spilled * gates * kUnits * kTileBytes);
-  s.partials = take(warps * gates * plan.chunk * kPartialStride * 4);
+  s.weights = take(warps * (s.spilled + s.below) * gates * kUnits * kTileBytes);
+  const int32_t partials = warps * gates * plan.chunk * kPartialStride * 4;
+  s.partials = take(partials);
+  s.partials_below = take(shape.layers > 1 ? partials : 0);
   s.carry = take(plan.slice * plan.row_groups * kUnits * 4);
   s.sequences = take(plan.slice * 8);
   s.barriers = take(plan.cluster ? 16 : 0);
+  s.handed = take(shape.layers > 1 ? s.state_bytes : 0);
   s.bytes = at;
   return s;
 }
@@ -166,15 +187,20 @@ std::string slower(const Shape& shape, const Plan& plan);
 // What runs, in words.
 std::string describe(const Shape& shape, const Plan& plan);
 
-// Bytes of global memory that a launch exchanges the state through, zeros before it. 0 for
-// clusters.
+// Bytes of global memory that a launch exchanges states through, zeros before it: those of the form
+// through L2, and behind them, of layers, `finished`.
 int64_t exchange_bytes(const Shape& shape, const Plan& plan);
+int64_t finished_bytes(const Shape& shape, const Plan& plan);
 
 // Launches, on a stream (cudaStream_t), all sequences of a call. Throws std::runtime_error with
 // CUDA's own words.
-void lstm_forward(const Forward& f, Format dtype, const Plan& plan, void* exchange, void* stream);
-void lstm_backward(const Backward& b, Format dtype, const Plan& plan, void* exchange, void* stream);
-void gru_forward(const Forward& f, Format dtype, const Plan& plan, void* exchange, void* stream);
-void gru_backward(const Backward& b, Format dtype, const Plan& plan, void* exchange, void* stream);
+void lstm_forward(const Forward& f, const Shape& shape, const Plan& plan, void* exchange,
+                  void* stream);
+void lstm_backward(const Backward& b, const Shape& shape, const Plan& plan, void* exchange,
+                   void* stream);
+void gru_forward(const Forward& f, const Shape& shape, const Plan& plan, void* exchange,
+                 void* stream);
+void gru_backward(const Backward& b, const Shape& shape, const Plan& plan, void* exchange,
+                  void* stream);
 
 }  // namespace encdec::rnn::gpu

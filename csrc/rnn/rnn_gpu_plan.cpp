@@ -48,7 +48,9 @@ double predict(const Shape& shape, const Plan& plan, const Limits& limits) {
   const double parts = 2.0 * warps * gates * plan.chunk * kUnits * 4;
   const double shared = (of_weights + of_state + parts) / kSharedBytes;
   const double passes = ceil_div(ceil_div(plan.chunk * kUnits, 32), plan.k_groups);
-  double time = chunks * (std::max(multiplies, shared) / kClock + kCell * passes);
+  // A layer above the first has as much again to multiply, all of it by weights in shared memory.
+  const double twice = shape.layers > 1 ? 2 : 1;
+  double time = chunks * (twice * std::max(multiplies, shared) / kClock + kCell * passes);
   const double message = static_cast<double>(plan.slice) * published(shape.cell, shape.backward) *
                          shape.H * element_bytes(shape.dtype);
   if (plan.cluster) {
@@ -57,7 +59,7 @@ double predict(const Shape& shape, const Plan& plan, const Limits& limits) {
     time += kGridLatency + message / kL2Bytes / kClock;
   }
   // Groups that have no place wait until others are done.
-  const double groups = static_cast<double>(plan.slices(shape.B)) * shape.directions;
+  const double groups = static_cast<double>(plan.slices(shape.B)) * shape.stacked();
   const double places = std::max(1, limits.processors / plan.blocks);
   return time * std::ceil(groups / places);
 }
@@ -101,9 +103,16 @@ std::string refuse(const Shape& shape, const Limits& limits, const Plan& plan) {
   const int64_t message = static_cast<int64_t>(plan.slice) * round_up(shape.H, kRowMultiple) *
                           published(shape.cell, shape.backward) * element_bytes(shape.dtype);
   if (plan.cluster && message >= 1 << 20) return "a step's message is larger than a barrier counts";
-  const int64_t resident = static_cast<int64_t>(plan.blocks) * shape.directions *
+  const int64_t resident = static_cast<int64_t>(plan.blocks) * shape.stacked() *
                            plan.slices(std::min(plan.launch, shape.B));
-  if (!plan.cluster && resident > limits.processors) {
+  if (shape.layers > 1 && (shape.backward || shape.directions > 1)) {
+    return "layers share a launch in one direction and forward only";
+  }
+  if (shape.layers > 1 && plan.launch < shape.B) {
+    return "layers that share a launch have all sequences in it";
+  }
+  // Layers wait for each other.
+  if ((!plan.cluster || shape.layers > 1) && resident > limits.processors) {
     return "its " + std::to_string(resident) + " blocks do not run at the same time on " +
            std::to_string(limits.processors) + " multiprocessors";
   }
@@ -137,7 +146,7 @@ bool make_plan(const Shape& shape, const Limits& limits, Plan& best, std::string
             const int32_t slices = plan.slices(shape.B);
             plan.launch = plan.slice * slices;
             if (!cluster) {
-              const int32_t places = limits.processors / plan.blocks / shape.directions;
+              const int32_t places = limits.processors / plan.blocks / shape.stacked();
               plan.launch = plan.slice * std::max(1, std::min(slices, places));
             }
             const std::string reason = refuse(shape, limits, plan);
@@ -183,7 +192,7 @@ std::string describe(const Shape& shape, const Plan& plan) {
       "state exchanged through %s, %.2f microseconds a step predicted",
       plan.launch < shape.B ? " for each part of the batch" : "",
       plan.cluster ? "clusters" : "a cooperative grid",
-      plan.slices(std::min(plan.launch, shape.B)) * shape.directions, plan.blocks,
+      plan.slices(std::min(plan.launch, shape.B)) * shape.stacked(), plan.blocks,
       plan.row_groups * plan.k_groups, plan.slice,
       plan.tile == kTensorCoresTile ? "tensor cores" : "multiply-adds", plan.tile,
       all - at.spilled * gates, all, at.bytes, plan.cluster ? "distributed shared memory" : "L2",
@@ -191,11 +200,16 @@ std::string describe(const Shape& shape, const Plan& plan) {
   return text;
 }
 
+int64_t finished_bytes(const Shape& shape, const Plan& plan) {
+  return static_cast<int64_t>(shape.layers - 1) * plan.slices(shape.B) * 4;
+}
+
 int64_t exchange_bytes(const Shape& shape, const Plan& plan) {
-  if (plan.cluster) return 0;
+  const int64_t finished = finished_bytes(shape, plan);
+  if (plan.cluster) return finished;
   const SharedLayout at = shared_layout(shape, plan);
-  const int64_t groups = static_cast<int64_t>(plan.slices(shape.B)) * shape.directions;
-  return groups * (kCounterBytes + 2ll * plan.slice * at.tiles * kTileBytes);
+  const int64_t groups = static_cast<int64_t>(plan.slices(shape.B)) * shape.stacked();
+  return groups * (kCounterBytes + 2ll * plan.slice * at.tiles * kTileBytes) + finished;
 }
 
 }  // namespace encdec::rnn::gpu

@@ -127,7 +127,7 @@ def describe_network(given: Arguments) -> Description:
 
     def plan(backend: str) -> str:
         if backend == "cuda":
-            return _recurrent_cuda.plan(call)
+            return _recurrent_cuda.plan(call, net.num_layers)
         if backend == "triton":
             return _recurrent_triton.plan(call, batch, hidden)
         return _cpu.plan(call, steps, rows, batch, weights) if backend == "cpu" else ""

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from encdec_fast.backends import Backend, select
-from encdec_fast.ops import _autocast, _checks, _eager, _torch
+from encdec_fast.ops import _autocast, _checks, _eager, _recurrent_cuda, _torch
 from encdec_fast.ops._call import (
     GRAPHS,
     LayerResult,
@@ -151,6 +151,17 @@ def run(
             _checks.check_length_values(lengths, input.shape[1 if batch_first else 0])
         if call.context != "dispatch":
             backend = select(backends, call)
+            if (
+                backend.name == "cuda"
+                and not dropout
+                and _recurrent_cuda.share_a_launch(call, num_layers)
+            ):
+                own = len(weights) // num_layers
+                layers = [weights[at : at + own] for at in range(0, len(weights), own)]
+                for i, layer in enumerate(layers):
+                    _check_columns(net, i, layer, layers[0][1].shape[1] if i else input.shape[-1])
+                given = (layers[0], h0, c0, lengths, batch_sizes, layers[1:])
+                return _recurrent_cuda.run(call, input, *given)
             if backend.name == "torch":
                 rest = (weights, dropout, lengths, batch_sizes)
                 return *torch_network(net, input, h0, c0, *rest), None
@@ -216,11 +227,7 @@ def _layers(
                 input = F.dropout(input, dropout, True)
             inner = inner if layer < net.num_layers - 1 else call
         own = weights[layer * per_layer : (layer + 1) * per_layer]
-        if own[0].shape[1] != input.shape[-1]:
-            raise RuntimeError(
-                f"{net.op.name}: w_ih of layer {layer} must have {input.shape[-1]} columns, "
-                f"but it has {own[0].shape[1]}"
-            )
+        _check_columns(net, layer, own, input.shape[-1])
         h = None if h0 is None else h0[layer * d : (layer + 1) * d]
         c = None if c0 is None else c0[layer * d : (layer + 1) * d]
         input, h_n, c_n, cells = emit(inner, input, own, h, c, lengths, batch_sizes)
@@ -229,6 +236,14 @@ def _layers(
             last_cells.append(c_n)
     h_all = torch.cat(last_states)
     return input, h_all, torch.cat(last_cells) if last_cells else None, cells
+
+
+def _check_columns(net: Network, layer: int, own: list[Tensor], features: int) -> None:
+    if own[0].shape[1] != features:
+        raise RuntimeError(
+            f"{net.op.name}: w_ih of layer {layer} must have {features} columns, "
+            f"but it has {own[0].shape[1]}"
+        )
 
 
 def unbatched(result: LayerResult, batch_first: bool) -> LayerResult:

@@ -52,21 +52,30 @@ def limits(device: int) -> Limits:
 class Plan(NamedTuple):
     """How a recurrence is cut; csrc/rnn/rnn_gpu.h.
 
-    numbers: empty where there is no plan. text: the plan, or why there is none. slower: why
-    something else should be faster; empty where nothing should.
+    numbers: empty where there is no plan. microseconds: of a step, predicted. text: the plan, or
+    why there is none. slower: why something else should be faster; empty where nothing should.
     """
 
     numbers: list[int]
     exchange_bytes: int
+    microseconds: float
     text: str
     slower: str
 
 
 @cache
 def plan_of(
-    kind: str, dtype: torch.dtype, backward: bool, B: int, H: int, D: int, device: Limits
+    kind: str,
+    dtype: torch.dtype,
+    backward: bool,
+    B: int,
+    H: int,
+    D: int,
+    device: Limits,
+    layers: int = 1,
 ) -> Plan:
-    sizes = (CELLS[kind], _FORMATS[dtype], backward, B, H, D)
+    """layers: more than one, of one direction, share a launch."""
+    sizes = (CELLS[kind], _FORMATS[dtype], backward, B, H, D, layers)
     assert library.extension is not None
     return Plan(*library.extension.rnn_gpu_plan(*sizes, *device))
 
@@ -87,10 +96,28 @@ def why_not(call: RecurrentCall) -> list[str]:
     return reasons
 
 
-def plan(call: RecurrentCall) -> str:
+def share_a_launch(call: RecurrentCall, layers: int) -> Plan | None:
+    """The plan of a launch of all layers, where it should beat one launch after the other.
+
+    A layer is a step behind the one below it, so that long sequences take hardly more steps than
+    with one layer; a step takes longer than it would by itself.
+    """
+    if layers == 1 or call.training or call.bidirectional or call.recurrence is None:
+        return None
+    B, H, device = call.recurrence
+    sizes = (call.kind, call.dtype, False, B, H, 1, limits(device))
+    together, alone = plan_of(*sizes, layers), plan_of(*sizes)
+    faster = together.numbers and together.microseconds < layers * alone.microseconds
+    return together if faster else None
+
+
+def plan(call: RecurrentCall, layers: int) -> str:
     """How the kernels would be cut, in words."""
     if call.recurrence is None:
         return ""
+    together = share_a_launch(call, layers)
+    if together is not None:
+        return f"{layers} layers at once:\n{together.text}"
     B, H, device = call.recurrence
     lines = []
     for backward in (False, True) if call.training else (False,):
@@ -101,12 +128,13 @@ def plan(call: RecurrentCall) -> str:
 
 
 def _cut(
-    call: RecurrentCall, backward: bool, weight: Tensor, sequences: Sequences
+    call: RecurrentCall, backward: bool, weight: Tensor, sequences: Sequences, above: Any = None
 ) -> tuple[Any, ...]:
     """What both ops take at their end: the layout, how sequences lie, the plan, the exchange."""
-    device = weight.get_device()
-    sizes = (call.kind, weight.dtype, backward, sequences.B, weight.shape[2], weight.shape[0])
-    found = plan_of(*sizes, limits(device))
+    groups, H = weight.shape[0], weight.shape[2]
+    D, layers = (groups, 1) if above is None else (1, groups)
+    sizes = (call.kind, weight.dtype, backward, sequences.B, H, D)
+    found = plan_of(*sizes, limits(weight.get_device()), layers)
     if not found.numbers:
         raise RuntimeError(f"{call.kind}: {found.text}")
     T, B, rows, step, sequence, lengths, starts, *_, resets = sequences
@@ -128,10 +156,16 @@ class _Kernels:
     def forward(
         call: RecurrentCall, products: Tensor, weight: Tensor, bias: State, *rest: Any
     ) -> None:
-        *tensors, sequences = rest
-        cut = _cut(call, False, weight, sequences)
+        *tensors, sequences, above = rest
+        cut = _cut(call, False, weight, sequences, above)
+        weight = _whole_quads(weight)
+        layers: tuple[Any, ...] = ()
+        if above is not None:
+            input_weight, input_bias = above
+            handed_up = weight.new_zeros(len(input_weight), sequences.rows, weight.shape[2])
+            layers = _whole_quads(input_weight), input_bias, handed_up
         forward = torch.ops.encdec_fast_cuda.rnn_forward
-        forward(CELLS[call.kind], products, _whole_quads(weight), bias, *tensors, *cut)
+        forward(CELLS[call.kind], products, weight, bias, *tensors, *cut, *layers)
 
     @staticmethod
     def backward(
@@ -153,7 +187,9 @@ class _Kernels:
         backward(CELLS[call.kind], *grads, turned, *tensors, *cut)
 
 
-INFERENCE = Backend("cuda", partial(_recurrent_gpu.run, _Kernels), why_not)
+# With the weights of the layers above as one more argument: all of them in one launch.
+run = partial(_recurrent_gpu.run, _Kernels)
+INFERENCE = Backend("cuda", run, why_not)
 TRAINING = Backend(
     "cuda",
     partial(_recurrent_gpu.train, _Kernels),

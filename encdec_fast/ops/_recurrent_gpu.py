@@ -7,6 +7,7 @@ keeps the weights on the chip, _recurrent_triton.py's reads them again in each s
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -66,7 +67,9 @@ class Sequences(NamedTuple):
 class Kernels(Protocol):
     """The recurrence of a layer; tensors as in triton_kernels/recurrent_kernels.py.
 
-    weight: (D, gates * H, H). h0: (D, B, H) or None. c: float32 (D, B, H), before and after.
+    weight: (D, gates * H, H). h0: (D, B, H) or None. c: float32 (D, B, H), before and after. With
+    layers above (`input_weight` (layers - 1, gates * H, H) and float32 `input_bias` of the same
+    gates, or None) these are of all layers in place of directions, and output is the last one's.
     """
 
     def forward(
@@ -82,6 +85,7 @@ class Kernels(Protocol):
         gates: State,
         h_n: Tensor,
         sequences: Sequences,
+        above: tuple[Tensor, State] | None,
     ) -> None: ...
 
     def backward(
@@ -203,12 +207,22 @@ def _forward(
     c0: State,
     lengths: State,
     batch_sizes: State,
+    layers_above: Sequence[list[Tensor]] = (),
 ) -> tuple[Tensor, Tensor, State, State, State]:
     sequences = _sequences(call, input, lengths, batch_sizes)
     kinds = _split(call, weights)
     lstm, D, H = call.kind == "lstm", call.directions, kinds[1][0].shape[1]
     start, inner = _biases(call, kinds)
     products = _products(sequences.rows_of(input), _joined(kinds[0]), start, sequences.rows)
+    hidden, above = kinds[1], None
+    if layers_above:
+        rest = [_biases(call, _split(call, own)) for own in layers_above]
+        bias = torch.stack([own for own, _ in rest if own is not None]) if call.bias else None
+        above = _stacked([own[0] for own in layers_above]), bias
+        hidden = [*hidden, *(own[1] for own in layers_above)]
+        if inner is not None:
+            inner = torch.cat([inner, *(own for _, own in rest if own is not None)])
+    groups = len(hidden)
     new = input.new_empty if lengths is None else input.new_zeros
     output = new(*input.shape[:-1], D * H)
     cells = torch.zeros_like(output) if lstm and (call.cell_states or call.training) else None
@@ -218,17 +232,18 @@ def _forward(
     c = None
     if lstm:
         first = sequences.sorted(c0)
-        c = input.new_zeros(D, sequences.B, H, dtype=torch.float32)
+        c = input.new_zeros(groups, sequences.B, H, dtype=torch.float32)
         if first is not None:
             c.copy_(first)
-    h_n = input.new_empty(D, sequences.B, H)
-    tensors = (products, _stacked(kinds[1]), inner, sequences.sorted(h0), c, output, cells, gates)
-    kernels.forward(call, *tensors, h_n, sequences)
+    h_n = input.new_empty(groups, sequences.B, H)
+    tensors = (products, _stacked(hidden), inner, sequences.sorted(h0), c, output, cells, gates)
+    kernels.forward(call, *tensors, h_n, sequences, above)
     c_n = None if c is None else sequences.unsorted(c).to(input.dtype)
     return output, sequences.unsorted(h_n), c_n, cells, gates
 
 
 def run(kernels: Kernels, call: RecurrentCall, input: Tensor, *layer: Any) -> LayerResult:
+    """layer: weights, h0, c0, lengths, batch_sizes, and where they share a launch those above."""
     with torch.cuda.device_of(input):
         return _forward(kernels, call, input, *layer)[:4]
 

@@ -46,7 +46,7 @@ class _Kernels:
         h0: State,
         *rest: Any,
     ) -> None:
-        *tensors, sequences = rest
+        *tensors, sequences, _ = rest
         D, _, H = weight.shape
         states = weight.new_zeros(2, D, sequences.B, H)
         if h0 is not None:

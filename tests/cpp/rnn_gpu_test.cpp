@@ -186,7 +186,7 @@ struct Layer {
     f.h_n = s.h_n.data();
     const Shape shape = of(false);
     std::vector<char> exchange(static_cast<size_t>(exchange_bytes(shape, c.plan)));
-    (lstm ? lstm_forward : gru_forward)(f, dtype, c.plan, exchange.data(), nullptr);
+    (lstm ? lstm_forward : gru_forward)(f, shape, c.plan, exchange.data(), nullptr);
     return s;
   }
 
@@ -228,7 +228,7 @@ struct Layer {
     b.grad_h0 = g.grad_h0.data();
     const Shape shape = of(true);
     std::vector<char> exchange(static_cast<size_t>(exchange_bytes(shape, c.plan)));
-    (lstm ? lstm_backward : gru_backward)(b, dtype, c.plan, exchange.data(), nullptr);
+    (lstm ? lstm_backward : gru_backward)(b, shape, c.plan, exchange.data(), nullptr);
     return g;
   }
 
@@ -314,7 +314,7 @@ bool backward_is_right(Layer& layer) {
 }
 
 constexpr Shape shape(Cell cell, Format dtype, int B, int H, int D = 1) {
-  return {cell, dtype, false, B, H, D};
+  return {cell, dtype, false, B, H, D, 1};
 }
 
 void test_every_kernel() {
@@ -357,6 +357,132 @@ void test_larger() {
                plan(cluster, 8, 16, 1, 4, 13, 13, 64), 3, true, false});
     CHECK(forward_is_right(two));
   }
+}
+
+// LSTM layers of one direction, in one launch and one after the other.
+struct Stack {
+  static constexpr int kLayers = 3;
+  Case c;
+  std::vector<Layer> layers;
+  Numbers input_weight;
+  std::vector<float> input_bias;
+
+  explicit Stack(const Case& c)
+      : c(c),
+        layers(kLayers, Layer(c)),
+        input_weight(c.shape.dtype, (kLayers - 1) * 4 * c.shape.H * c.shape.H, 0.4f),
+        input_bias(random_floats((kLayers - 1) * 4 * c.shape.H)) {
+    for (Layer& layer : layers) layer = Layer(c);
+  }
+
+  std::vector<Layer::State> by_themselves() {
+    std::vector<Layer::State> found;
+    const int64_t H = c.shape.H, rows = c.T * c.shape.B;
+    for (int64_t l = 0; l < kLayers; ++l) {
+      Layer& own = layers[static_cast<size_t>(l)];
+      for (int64_t row = 0; l > 0 && row < rows; ++row) {
+        for (int64_t n = 0; n < 4 * H; ++n) {
+          double sum = input_bias[static_cast<size_t>((l - 1) * 4 * H + n)];
+          for (int64_t k = 0; k < H; ++k) {
+            sum += static_cast<double>(input_weight[((l - 1) * 4 * H + n) * H + k]) *
+                   found.back().output[row * H + k];
+          }
+          own.products[static_cast<size_t>(row * 4 * H + n)] = static_cast<float>(sum);
+        }
+      }
+      found.push_back(own.forward());
+    }
+    return found;
+  }
+
+  // Whether one launch leaves the last layer's output and the states of all.
+  bool is_right(const std::vector<Layer::State>& expected, double allowed) {
+    const Format dtype = c.shape.dtype;
+    const int64_t H = c.shape.H, B = c.shape.B, rows = c.T * B;
+    const auto joined = [&](auto of, int64_t each) {
+      std::vector<float> all;
+      for (Layer& layer : layers) {
+        for (int64_t i = 0; i < each; ++i) all.push_back(of(layer)[i]);
+      }
+      return Numbers(dtype, all);
+    };
+    Numbers weight = joined([](Layer& l) -> Numbers& { return l.weight; }, 4 * H * H);
+    Numbers h0 = joined([](Layer& l) -> Numbers& { return l.h0; }, B* H);
+    const Numbers c0 = joined([](Layer& l) -> Numbers& { return l.c0; }, B* H);
+    const auto zeros = [&](int64_t n) {
+      return Numbers(dtype, std::vector<float>(static_cast<size_t>(n)));
+    };
+    Numbers output = zeros(rows * H), h_n = zeros(kLayers * B * H),
+            handed = zeros((kLayers - 1) * rows * H);
+    std::vector<float> carry;
+    for (int64_t i = 0; i < kLayers * B * H; ++i) carry.push_back(c0[i]);
+    Shape shape = c.shape;
+    shape.layers = kLayers;
+    std::vector<char> exchange(static_cast<size_t>(exchange_bytes(shape, c.plan)));
+    Forward f{};
+    f.steps = layers[0].steps();
+    f.layers = kLayers;
+    f.products = layers[0].products.data();
+    f.weight = weight.data(), f.h0 = h0.data(), f.c = carry.data();
+    f.output = output.data(), f.h_n = h_n.data();
+    f.input_weight = input_weight.data(), f.input_bias = input_bias.data();
+    f.handed_up = handed.data();
+    f.finished = reinterpret_cast<uint32_t*>(exchange.data() + exchange.size() -
+                                             finished_bytes(shape, c.plan));
+    lstm_forward(f, shape, c.plan, exchange.data(), nullptr);
+    bool right = true;
+    for (int64_t i = 0; i < rows * H; ++i) {
+      right = right && check::near(output[i], expected.back().output[i], allowed);
+    }
+    for (int64_t i = 0; i < kLayers * B * H; ++i) {
+      const auto& own = expected[static_cast<size_t>(i / (B * H))];
+      const int64_t at = i % (B * H);
+      right =
+          right && check::near(h_n[i], own.h_n[at], allowed) &&
+          check::near(carry[static_cast<size_t>(i)], own.carry[static_cast<size_t>(at)], allowed);
+    }
+    return right;
+  }
+};
+
+void test_layers() {
+  for (const bool cluster : {false, true}) {
+    for (const bool unequal : {false, true}) {
+      on_cpu::options() = {};
+      on_cpu::options().seed = cluster ? 11 : 12;
+      Stack stack({shape(Cell::kLstm, Format::kFloat32, 9, 40), plan(cluster, 8, 8, 1, 2, 9, 9, 40),
+                   4, unequal, unequal});
+      CHECK(stack.is_right(stack.by_themselves(), 2e-5));
+    }
+  }
+}
+
+// Leaves out every barrier, fence and wait of a launch of layers in turn.
+void test_mutations_of_layers() {
+  for (const bool cluster : {false, true}) {
+    on_cpu::options() = {};
+    Stack stack({shape(Cell::kLstm, Format::kBfloat16, 9, 64), plan(cluster, 8, 8, 2, 2, 9, 9, 64),
+                 5, false, false});
+    const auto expected = stack.by_themselves();
+    on_cpu::options().sites.clear();
+    CHECK(stack.is_right(expected, tolerance(Format::kBfloat16)));
+    const auto sites = on_cpu::options().sites;
+    for (const std::string& site : sites) {
+      on_cpu::options().mutation = site;
+      bool seen = false;
+      for (uint64_t seed = 400; seed < 460 && !seen; ++seed) {
+        on_cpu::options().seed = seed;
+        try {
+          seen = !stack.is_right(expected, tolerance(Format::kBfloat16));
+        } catch (const std::runtime_error&) {
+          seen = true;
+        }
+      }
+      if (!seen) std::printf("of layers nothing shows that %s is needed\n", site.c_str());
+      CHECK(seen);
+    }
+  }
+  on_cpu::options() = {};
 }
 
 // Leaves out every barrier, fence and wait in turn; some order of threads must show it.
@@ -429,5 +555,7 @@ void run_tests() {
   test_plans();
   test_every_kernel();
   test_larger();
+  test_layers();
   test_mutations();
+  test_mutations_of_layers();
 }
