@@ -111,8 +111,10 @@ std::string refuse(const Shape& shape, const Limits& limits, const Plan& plan) {
   if (shape.layers > 1 && plan.launch < shape.B) {
     return "layers that share a launch have all sequences in it";
   }
-  // Layers wait for each other.
-  if ((!plan.cluster || shape.layers > 1) && resident > limits.processors) {
+  // Layers wait for each other. Clusters do not find a place on every multiprocessor: they stay
+  // within one of its groups (GPC), and how large these are differs from device to device.
+  const int32_t places = plan.cluster ? limits.processors * 3 / 4 : limits.processors;
+  if ((!plan.cluster || shape.layers > 1) && resident > places) {
     return "its " + std::to_string(resident) + " blocks do not run at the same time on " +
            std::to_string(limits.processors) + " multiprocessors";
   }
