@@ -9,6 +9,7 @@ import sys
 import sysconfig
 import threading
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -18,7 +19,7 @@ from helpers import KINDS, OURS, THEIRS
 
 import encdec_fast
 from encdec_fast import BackendRefused, explain, use_backend
-from encdec_fast.backends import Backend, requested_backend, select, status
+from encdec_fast.backends import Backend, library, requested_backend, select, status
 
 PACKAGE = Path(encdec_fast.__file__).parent
 
@@ -205,8 +206,29 @@ def test_status() -> None:
         assert line.loaded or (line.reason and line.hint)
 
 
-@pytest.mark.parametrize("library", ["missing", "foreign", "other ops"])
-def test_without_its_library(tmp_path: Path, library: str) -> None:
+def test_a_driver_that_is_too_old(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Asked for, the CUDA kernels name the driver that they need."""
+    module = SimpleNamespace(build_info=lambda: {"cuda_version": "13.0"})
+    loaded = library.LibraryStatus("libencdec_ops_cuda", "", True)
+    monkeypatch.setattr(library, "extension", module)
+    monkeypatch.setattr(library, "_cuda_status", loaded)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert library.needed_driver() == "CUDA 13.0 (driver 580 or newer)"
+    for version, right in ((13000, True), (13020, True), (12080, False)):
+        monkeypatch.setattr(torch._C, "_cuda_getDriverVersion", lambda v=version: v, raising=False)
+        library._driver_reason.cache_clear()
+        reasons = library.cuda_reasons("cuda", True)
+        assert right == (not reasons)
+        if not right:
+            assert reasons == [
+                "the GPU's driver is for CUDA 12.8, and the CUDA kernels need CUDA 13.0 "
+                "(driver 580 or newer)"
+            ]
+    library._driver_reason.cache_clear()
+
+
+@pytest.mark.parametrize("kind", ["missing", "foreign", "other ops"])
+def test_without_its_library(tmp_path: Path, kind: str) -> None:
     """The package works on torch's own kernels, trains, and says what is missing."""
     copy = tmp_path / "encdec_fast"
     shutil.copytree(
@@ -218,9 +240,9 @@ def test_without_its_library(tmp_path: Path, library: str) -> None:
     (copy / f"_C{sysconfig.get_config_var('EXT_SUFFIX')}").write_bytes(
         b"\x7fELF, but of no machine"
     )
-    if library == "foreign":
+    if kind == "foreign":
         target.write_bytes(b"\x7fELF, but of no machine that there is")
-    elif library == "other ops":
+    elif kind == "other ops":
         # A library that loads and defines something else.
         shutil.copy(Path(torch.__file__).parent / "lib" / "libshm.so", target)
     code = """

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -53,25 +54,27 @@ class LibraryStatus:
     hint: str = ""
 
 
-def _said(error: Exception) -> str:
-    """What went wrong: torch only says that it could not load, and why comes before that."""
-    return str(error.__cause__ or error).strip()
+def _load(name: str, path: Path, namespace: str, ops: Sequence[str]) -> LibraryStatus:
+    """Load a library of ops, which must be there, and look for the ops that this version has."""
+    try:
+        torch.ops.load_library(str(path))
+    except (OSError, RuntimeError) as error:
+        # torch only says that it could not load it; why comes before that.
+        reason = str(error.__cause__ or error).strip()
+        hint = f"it was made for another system, compiler or torch (here {torch.__version__}): "
+        return LibraryStatus(name, str(path), False, reason, hint + _REBUILD)
+    missing = [op for op in ops if not hasattr(getattr(torch.ops, namespace), op)]
+    if missing:
+        reason = f"it lacks {', '.join(missing)}: it is of another version of this package"
+        return LibraryStatus(name, str(path), False, reason, _REBUILD)
+    return LibraryStatus(name, str(path), True)
 
 
 def _load_ops(path: Path) -> LibraryStatus:
     name = "libencdec_ops"
     if not path.exists():
         return LibraryStatus(name, str(path), False, "the file does not exist", _REBUILD)
-    try:
-        torch.ops.load_library(str(path))
-    except (OSError, RuntimeError) as error:
-        hint = f"it was made for another system, compiler or torch (here {torch.__version__}): "
-        return LibraryStatus(name, str(path), False, _said(error), hint + _REBUILD)
-    missing = [op for op in _OPS if not hasattr(torch.ops.encdec_fast_cpu, op)]
-    if missing:
-        reason = f"it lacks {', '.join(missing)}: it is of another version of this package"
-        return LibraryStatus(name, str(path), False, reason, _REBUILD)
-    return LibraryStatus(name, str(path), True)
+    return _load(name, path, "encdec_fast_cpu", _OPS)
 
 
 def _load_cuda(path: Path) -> LibraryStatus | None:
@@ -87,16 +90,7 @@ def _load_cuda(path: Path) -> LibraryStatus | None:
         reason = f"torch {torch.__version__} is a build without CUDA, which these kernels need"
         hint = "install a CUDA build of torch, or the CPU wheel of encdec_fast"
         return LibraryStatus(name, str(path), False, reason, hint)
-    try:
-        torch.ops.load_library(str(path))
-    except (OSError, RuntimeError) as error:
-        hint = f"it was made for another system or torch (here {torch.__version__}): "
-        return LibraryStatus(name, str(path), False, _said(error), hint + _REBUILD)
-    missing = [op for op in _CUDA_OPS if not hasattr(torch.ops.encdec_fast_cuda, op)]
-    if missing:
-        reason = f"it lacks {', '.join(missing)}: it is of another version of this package"
-        return LibraryStatus(name, str(path), False, reason, _REBUILD)
-    return LibraryStatus(name, str(path), True)
+    return _load(name, path, "encdec_fast_cuda", _CUDA_OPS)
 
 
 def _load_extension() -> tuple[ModuleType | None, LibraryStatus]:

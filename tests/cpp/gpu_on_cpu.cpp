@@ -320,6 +320,29 @@ Options& options() {
   return own;
 }
 
+std::set<std::string> not_needed(const std::function<bool()>& right, int orders) {
+  options() = {};
+  if (!right()) throw std::runtime_error("gpu_on_cpu: it is wrong with everything in its place");
+  const std::set<std::string> sites = options().sites;
+  std::set<std::string> found;
+  for (const std::string& site : sites) {
+    bool seen = false;
+    for (int order = 0; order < orders && !seen; ++order) {
+      options().mutation = site;
+      options().seed = 200 + static_cast<uint64_t>(order);
+      try {
+        seen = !right();
+      } catch (const std::runtime_error&) {
+        seen = true;
+      }
+    }
+    if (!seen) found.insert(site);
+  }
+  options() = {};
+  options().sites = sites;
+  return found;
+}
+
 void run(const Launch& launch, const std::function<void()>& kernel) {
   Machine own(launch, kernel);
   machine = &own;

@@ -59,6 +59,11 @@ struct Options {
 };
 Options& options();
 
+// Runs `right` with each barrier, fence and wait that it meets left out in turn, under so many
+// orders of threads: those for which it was never wrong, nor an error, and which are not needed
+// therefore.
+std::set<std::string> not_needed(const std::function<bool()>& right, int orders);
+
 void run(const Launch& launch, const std::function<void()>& kernel);  // throws std::runtime_error
 
 char* shared_memory();
