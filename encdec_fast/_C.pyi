@@ -47,7 +47,7 @@ def rnn_gpu_plan(
     capability: int,
     processors: int,
     shared_bytes: int,
-    cluster: int,
+    clusters: Sequence[int],
 ) -> tuple[list[int], int, float, str, str]: ...
 
 # The generation engine (csrc/python/generation.cpp). A matrix: (address, dtype, rows, columns,

@@ -94,10 +94,11 @@ def test_plans_fit(capability: int, backward: bool, dtype: str) -> None:
     """The planner cuts what it may to what a device has, and has a plan for usual sizes."""
     from encdec_fast import _C
 
-    cluster = {90: 16, 100: 16, 120: 8}.get(capability, 0)
+    largest = {90: 16, 100: 16, 120: 8}.get(capability, 0)
+    clusters = [108 // blocks for blocks in range(1, largest + 1)]
     for B in (1, 3, 16, 100):
         for H in (64, 256, 300, 512):
-            limits = (capability, 108, SHARED[capability], cluster)
+            limits = (capability, 108, SHARED[capability], clusters)
             sizes = (0, dtype, backward, B, H, 1, 1)
             numbers, exchange, _, text, slower = _C.rnn_gpu_plan(*sizes, *limits)
             assert numbers, text
@@ -107,6 +108,6 @@ def test_plans_fit(capability: int, backward: bool, dtype: str) -> None:
             assert 16 * blocks * row_groups >= H
             assert int(re.search(r"(\d+) bytes of shared", text)[1]) <= SHARED[capability]  # type: ignore[index]
             if numbers[0]:
-                assert blocks <= cluster and exchange == 0
+                assert blocks <= largest and exchange == 0
             else:
                 assert blocks * -(-min(launch, B) // slice_) <= 108 and exchange > 0

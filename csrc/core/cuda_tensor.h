@@ -31,4 +31,10 @@ inline void check_device_tensor(const Tensor& t, const Tensor& like, ScalarType 
                   t.numel());
 }
 
+// Where a kernel reads sixteen bytes at once.
+inline void check_aligned(const Tensor& t, const char* name) {
+  STD_TORCH_CHECK(reinterpret_cast<uintptr_t>(t.data_ptr()) % 16 == 0, name,
+                  " must start at a multiple of 16 bytes");
+}
+
 }  // namespace encdec

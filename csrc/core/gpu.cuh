@@ -82,6 +82,10 @@ __device__ inline Float16 from_float<Float16>(float x) {
 __device__ inline float sigmoid(float x) { return __fdividef(1.0f, 1.0f + __expf(-x)); }
 __device__ inline float exponential(float x) { return __expf(x); }
 __device__ inline float tanh(float x) {
+  if (fabsf(x) < 0.1f) {  // where the difference below would lose its digits
+    const float y = x * x;
+    return x * (1.0f + y * (-1.0f / 3 + y * (2.0f / 15 - y * (17.0f / 315))));
+  }
   const float e = __expf(-2.0f * fabsf(x));
   return copysignf(__fdividef(1.0f - e, 1.0f + e), x);
 }
@@ -90,7 +94,7 @@ __device__ inline float tanh(float x) {
 __device__ inline uint32_t to_tf32(float x) {
   uint32_t bits;
   asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(bits) : "f"(x));
-  return bits;
+  return bits & 0xffffe000u;  // nobody promises zeros below
 }
 
 // The same value, of which the compiler knows nothing: what is worked out from it in a loop is not
@@ -103,9 +107,10 @@ __device__ inline uint32_t opaque(uint32_t value) {
 // All threads of the block.
 __device__ inline void sync_block() { __syncthreads(); }
 
-// `threads` threads of the block, those that name the same id (1 to 15).
+// `threads` threads of the block, those that name the same id (1 to 15). Not bar.sync, which asks
+// that a warp's lanes come together: the compiler does not know that an asm has such a wish.
 __device__ inline void sync_threads_of(int id, int threads) {
-  asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
+  asm volatile("barrier.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
 }
 
 __device__ inline uint32_t shuffle_xor(uint32_t value, int mask) {
@@ -182,8 +187,8 @@ constexpr bool kHasClusters = true;
 
 // All threads of the cluster; what they stored before it is there after it.
 __device__ inline void sync_cluster() {
-  asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
-  asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
+  asm volatile("barrier.cluster.arrive.release;" ::: "memory");
+  asm volatile("barrier.cluster.wait.acquire;" ::: "memory");
 }
 
 // To be followed by sync_cluster before another block uses the barrier.

@@ -31,11 +31,46 @@ inline void check(cudaError_t error, const char* what) {
   throw std::runtime_error(std::string(what) + ": " + cudaGetErrorString(error));
 }
 
+// As much as the device has for a block: a limit, so that another thread's launch of the same
+// kernel never finds a lower one. Returns it.
+inline int allow_all_shared_memory(const void* function) {
+  int device = 0, most = 0;
+  check(cudaGetDevice(&device), "device");
+  check(cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device),
+        "shared memory");
+  check(cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize, most),
+        "shared memory");
+  return most;
+}
+
+// Clusters of so many blocks that run at the same time, each block with all shared memory; 0 where
+// the device has none of that size.
+template <class... Parameters>
+int max_clusters(void (*kernel)(Parameters...), int blocks, int threads) {
+  const void* const function = reinterpret_cast<const void*>(kernel);
+  cudaLaunchAttribute attribute{};
+  attribute.id = cudaLaunchAttributeClusterDimension;
+  attribute.val.clusterDim = {static_cast<unsigned>(blocks), 1, 1};
+  cudaLaunchConfig_t config{};
+  config.gridDim = dim3(static_cast<unsigned>(blocks));
+  config.blockDim = dim3(static_cast<unsigned>(threads));
+  config.dynamicSmemBytes = static_cast<size_t>(allow_all_shared_memory(function));
+  config.attrs = &attribute;
+  config.numAttrs = 1;
+  int count = 0;
+  if (cudaFuncSetAttribute(function, cudaFuncAttributeNonPortableClusterSizeAllowed, 1) !=
+          cudaSuccess ||
+      cudaOccupancyMaxActiveClusters(&count, function, &config) != cudaSuccess) {
+    cudaGetLastError();  // it is the answer
+    return 0;
+  }
+  return count;
+}
+
 template <class... Parameters, class... Arguments>
 void launch(const Launch& l, void (*kernel)(Parameters...), Arguments... arguments) {
   const void* const function = reinterpret_cast<const void*>(kernel);
-  check(cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize, l.shared_bytes),
-        "shared memory");
+  allow_all_shared_memory(function);
   cudaLaunchAttribute attributes[2] = {};
   unsigned count = 0;
   if (l.cluster > 0) {

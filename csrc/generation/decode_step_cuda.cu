@@ -28,7 +28,11 @@ __device__ inline void multiply_rows(float (&sums)[kOutputs][kRows],
     for (int r = 0; r < kRows; ++r) {
       float own[kNumbers];
 #pragma unroll
-      for (int i = 0; i < kNumbers; ++i) own[i] = x[r * stride + k + i];
+      for (int i = 0; i < kNumbers; i += 4) {
+        const Quad q = *reinterpret_cast<const Quad*>(x + r * stride + k + i);
+#pragma unroll
+        for (int j = 0; j < 4; ++j) own[i + j] = bits_to_float(q.word[j]);
+      }
 #pragma unroll
       for (int o = 0; o < kOutputs; ++o) {
 #pragma unroll

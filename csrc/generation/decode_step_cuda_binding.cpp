@@ -12,6 +12,7 @@ using OptionalTensor = std::optional<Tensor>;
 const void* of(const Tensor& t, const Tensor& like, int64_t numel, const char* name) {
   if (t.numel() == 0) return nullptr;
   check_device_tensor(t, like, like.scalar_type(), numel, name);
+  if (t.dim() == 2) check_aligned(t, name);  // a matrix, whose rows are read by sixteen bytes
   return t.data_ptr();
 }
 

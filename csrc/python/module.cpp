@@ -3,6 +3,7 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <algorithm>
 #include <thread>
 
 #include "build_config.h"
@@ -76,7 +77,8 @@ std::string rnn_plan(int cell, int64_t steps, int64_t rows, int64_t batch, int64
 // something else should be faster)
 std::tuple<std::vector<int64_t>, int64_t, double, std::string, std::string> rnn_gpu_plan(
     int cell, const std::string& format, bool backward, int batch, int hidden_size, int directions,
-    int layers, int capability, int processors, int shared_bytes, int cluster) {
+    int layers, int capability, int processors, int shared_bytes,
+    const std::vector<int>& clusters) {
   using namespace encdec::rnn;
   const gpu::Shape shape{static_cast<Cell>(cell),
                          format_named(format),
@@ -85,9 +87,12 @@ std::tuple<std::vector<int64_t>, int64_t, double, std::string, std::string> rnn_
                          hidden_size,
                          directions,
                          layers};
+  gpu::Limits limits{capability, processors, shared_bytes, {}};
+  if (clusters.size() > gpu::kMaxCluster) throw py::value_error("there are clusters of 1 to 16");
+  std::copy(clusters.begin(), clusters.end(), limits.clusters + 1);
   gpu::Plan p;
   std::string why_not;
-  if (!gpu::make_plan(shape, {capability, processors, shared_bytes, cluster}, p, why_not)) {
+  if (!gpu::make_plan(shape, limits, p, why_not)) {
     return {{}, 0, 0, why_not, {}};
   }
   return {{p.cluster, p.tile, p.blocks, p.row_groups, p.k_groups, p.chunk, p.slice, p.launch},
@@ -122,9 +127,9 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
         "How the cpu backend would cut a recurrent call, in words. `rows` counts real steps.");
   m.def("rnn_gpu_plan", &rnn_gpu_plan, py::arg("cell"), py::arg("format"), py::arg("backward"),
         py::arg("batch"), py::arg("hidden_size"), py::arg("directions"), py::arg("layers"),
-        py::arg("capability"), py::arg("processors"), py::arg("shared_bytes"), py::arg("cluster"),
+        py::arg("capability"), py::arg("processors"), py::arg("shared_bytes"), py::arg("clusters"),
         "How the cuda backend would cut a recurrence: (plan, bytes to exchange, microseconds of\n"
         "a step, words, why something else should be faster). The plan is empty where there is\n"
-        "none, and the words then say why.");
+        "none, and the words then say why. clusters: how many of 1, 2, ... blocks run at once.");
   encdec::generation::bind(m);
 }

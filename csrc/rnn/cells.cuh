@@ -91,9 +91,10 @@ class ForwardOp : public CellOp<T, Forward> {
   __device__ const T* input_row(int gates, int gate, int unit) const {
     return this->row_in(this->call.input_weight, this->q - 1, gates, gate, unit);
   }
-  // Steps, times blocks, that a layer's group has done.
-  __device__ uint32_t* finished(int layer, int slices, int slice) const {
-    return this->call.finished + layer * slices + slice;
+  // Steps that each block of a layer's group has done. A sum over them would not do: one block may
+  // be done with the next step before another has said that it is done with this one.
+  __device__ uint32_t* finished(int layer, int slices, int slice, int blocks) const {
+    return this->call.finished + (layer * slices + slice) * blocks;
   }
   // Rows of the states of a layer that the one above it reads.
   __device__ T* handed(int layer, int64_t row) const {

@@ -99,6 +99,13 @@ class LstmBackward : public BackwardOp<T> {
 
 }  // namespace
 
+int max_clusters(int blocks) {
+  // All kernels have the same limits; this one is asked with as much as a block may have.
+  return encdec::gpu::max_clusters(
+      &recurrence<LstmForward<float>, TensorCores<float, 4>, ThroughCluster>, blocks,
+      kWarp * kMaxWarps);
+}
+
 void lstm_forward(const Forward& f, const Shape& shape, const Plan& plan, void* exchange,
                   void* stream) {
   run_recurrence<LstmForward>(f, shape, plan, exchange, stream);

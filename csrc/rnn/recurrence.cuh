@@ -246,7 +246,12 @@ __device__ inline void run_block(const typename Op::Call& call, const Plan& plan
   }
   exchange.start();
 
-  const int longest = lengths[0], count = longest + op.extra_steps();
+  const int longest = lengths[0];
+  int count = longest + op.extra_steps();
+  // A row group past the last unit sends nothing, so nobody would wait for it: it could sleep
+  // through a phase of its barrier and then wait for ever. (Elsewhere all threads meet in each
+  // step.)
+  if (Exchange::kCluster && !is_above() && !is_below() && first_unit >= steps.H) count = 0;
   Walk walk(steps, longest, Op::kBackward == (d == 1));
   // Worked out where it is used, twice: what it consists of would not fit beside the weights.
   const auto number_of = [&](int pass) {
@@ -270,9 +275,9 @@ __device__ inline void run_block(const typename Op::Call& call, const Plan& plan
   // The states that the layer below had in a step, once it has had it.
   const auto take_handed = [&](int step) {
     if constexpr (!Op::kBackward) {
-      if (threadIdx.x == 0) {
-        wait_for(op.finished(q - 1, slices, base / plan.slice),
-                 static_cast<uint32_t>(plan.blocks * (step + 1)));
+      const uint32_t* const done = op.finished(q - 1, slices, base / plan.slice, plan.blocks);
+      for (int block = threadIdx.x; block < plan.blocks; block += blockDim.x) {
+        wait_for(done + block, static_cast<uint32_t>(step + 1));
       }
       sync_block();
       const int quads = (steps.H + kPeers - 1) / kPeers;
@@ -381,7 +386,8 @@ __device__ inline void run_block(const typename Op::Call& call, const Plan& plan
     }
     uint32_t* count_above = nullptr;
     if constexpr (!Op::kBackward) {
-      if (op.is_below()) count_above = op.finished(q, slices, base / plan.slice);
+      if (op.is_below())
+        count_above = op.finished(q, slices, base / plan.slice, plan.blocks) + blockIdx.x;
     }
     exchange.arrive(step + 1 < count, count_above);
     walk.advance(step + 1);

@@ -1,6 +1,9 @@
 // torch's side of the recurrences for GPUs: check, launch. encdec_fast/ops/_recurrent_gpu.py has
 // made the products with the input and every tensor; what is checked here is what a kernel would
 // read or write out of bounds for.
+#include <algorithm>
+#include <iterator>
+
 #include "core/cuda_tensor.h"
 #include "rnn/rnn_gpu.h"
 
@@ -54,6 +57,7 @@ Sizes sizes_of(int64_t cell, const Tensor& weight, bool stacked = false) {
       "weight must have the shape (directions, gates * H, H filled up to a multiple of ",
       kRowMultiple, ")");
   check_device_tensor(weight, weight, weight.scalar_type(), weight.numel(), "weight");
+  check_aligned(weight, "weight");
   const int64_t D = weight.size(0);
   return {static_cast<Cell>(cell), D, H, G, stacked ? D : 1, weight.scalar_type(),
           format_of(weight)};
@@ -100,7 +104,8 @@ Shape shape_of(const Sizes& s, const Steps& steps, bool backward) {
 
 void check_plan(const Shape& own, const Plan& plan, const Tensor& exchange) {
   // The device's limits were the planner's to know; a launch that exceeds them fails by itself.
-  const Limits none{90, INT32_MAX, INT32_MAX, 16};
+  Limits none{90, INT32_MAX, INT32_MAX, {}};
+  std::fill(std::begin(none.clusters), std::end(none.clusters), INT32_MAX);
   const std::string reason = refuse(own, none, plan);
   STD_TORCH_CHECK(reason.empty(), "the plan does not fit the call: ", reason);
   STD_TORCH_CHECK(exchange.is_contiguous() && exchange.scalar_type() == ScalarType::Byte &&
@@ -150,6 +155,8 @@ void rnn_forward(int64_t cell, Tensor products, Tensor weight, OptionalTensor bi
     STD_TORCH_CHECK(handed_up, "layers that share a launch need handed_up");
     f.input_weight =
         given(input_weight, weight, s.type, above * s.G * s.H * weight.size(2), "input_weight");
+    check_aligned(*input_weight, "input_weight");
+    check_aligned(*handed_up, "handed_up");
     f.input_bias = static_cast<const float*>(
         given(input_bias, weight, ScalarType::Float, above * s.G * s.H, "input_bias"));
     f.handed_up = const_cast<void*>(
@@ -205,7 +212,15 @@ void rnn_backward(int64_t cell, OptionalTensor grad_output, OptionalTensor grad_
                                         current_stream(weight));
 }
 
+// For 1, 2, ... blocks how many clusters of the device of `like` run at the same time.
+std::vector<int64_t> rnn_max_clusters(Tensor) {
+  std::vector<int64_t> found;
+  for (int blocks = 1; blocks <= kMaxCluster; ++blocks) found.push_back(max_clusters(blocks));
+  return found;
+}
+
 STABLE_TORCH_LIBRARY_FRAGMENT(encdec_fast_cuda, m) {
+  m.def("rnn_max_clusters(Tensor like) -> int[]");
   m.def(
       "rnn_forward(int cell, Tensor products, Tensor weight, Tensor? bias, Tensor? h0, "
       "Tensor(a!)? c, Tensor(b!) output, Tensor(c!)? cells, Tensor(d!)? gates, Tensor(e!) h_n, "
@@ -221,6 +236,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(encdec_fast_cuda, m) {
 }
 
 STABLE_TORCH_LIBRARY_IMPL(encdec_fast_cuda, ENCDEC_GPU_KEY, m) {
+  m.impl("rnn_max_clusters", TORCH_BOX(&rnn_max_clusters));
   m.impl("rnn_forward", TORCH_BOX(&rnn_forward));
   m.impl("rnn_backward", TORCH_BOX(&rnn_backward));
 }

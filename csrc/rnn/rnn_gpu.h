@@ -26,9 +26,10 @@
 
 namespace encdec::rnn::gpu {
 
-constexpr int kUnits = 16;      // hidden units of a row group: the rows of a tensor cores' tile
-constexpr int kMaxWarps = 8;    // of a block, so that each thread may have 255 registers
-constexpr int kTileBytes = 64;  // of a state's row: the columns that a warp takes at once
+constexpr int kUnits = 16;       // hidden units of a row group: the rows of a tensor cores' tile
+constexpr int kMaxCluster = 16;  // blocks
+constexpr int kMaxWarps = 8;     // of a block, so that each thread may have 255 registers
+constexpr int kTileBytes = 64;   // of a state's row: the columns that a warp takes at once
 constexpr int kTensorCoresTile = 8;
 constexpr int kRowMultiple = 8;     // of numbers in a row of weights; zeros fill it up
 constexpr int kPasses = 2;          // elements of a chunk that one thread works out
@@ -63,7 +64,7 @@ struct Forward {
   const void* input_weight;  // [layers - 1], like weight
   const float* input_bias;   // [layers - 1][gates][H], or null
   void* handed_up;           // [layers - 1][rows][row of weight]: states of all but the last layer
-  uint32_t* finished;        // [layers - 1][slices] steps, times blocks, that are; zeros before it
+  uint32_t* finished;        // [layers - 1][slices][blocks] steps that are; zeros before it
 };
 
 struct Backward {
@@ -89,7 +90,8 @@ struct Limits {
   int32_t capability;    // 10 * major + minor
   int32_t processors;    // multiprocessors
   int32_t shared_bytes;  // that a kernel may ask for
-  int32_t cluster;       // blocks of the largest cluster, 0: none
+  int32_t
+      clusters[kMaxCluster + 1];  // of so many blocks each, that run at the same time; [0] unused
 };
 
 struct Shape {
@@ -191,6 +193,10 @@ std::string describe(const Shape& shape, const Plan& plan);
 // through L2, and behind them, of layers, `finished`.
 int64_t exchange_bytes(const Shape& shape, const Plan& plan);
 int64_t finished_bytes(const Shape& shape, const Plan& plan);
+
+// How many clusters of so many blocks, each with a multiprocessor for itself, run at the same time
+// on the current device; 0 for sizes that it does not have.
+int max_clusters(int blocks);
 
 // Launches, on a stream (cudaStream_t), all sequences of a call. Throws std::runtime_error with
 // CUDA's own words.

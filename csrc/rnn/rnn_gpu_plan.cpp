@@ -26,6 +26,7 @@ constexpr double kLibrary[] = {300e6, 30e6};  // operations a microsecond: half 
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
+constexpr int32_t kMaxSlices = 65535;  // the grid's second dimension
 constexpr int32_t kTiles[] = {kTensorCoresTile, 1, 4};
 
 double predict(const Shape& shape, const Plan& plan, const Limits& limits) {
@@ -60,7 +61,8 @@ double predict(const Shape& shape, const Plan& plan, const Limits& limits) {
   }
   // Groups that have no place wait until others are done.
   const double groups = static_cast<double>(plan.slices(shape.B)) * shape.stacked();
-  const double places = std::max(1, limits.processors / plan.blocks);
+  const double places =
+      std::max(1, plan.cluster ? limits.clusters[plan.blocks] : limits.processors / plan.blocks);
   return time * std::ceil(groups / places);
 }
 
@@ -96,27 +98,36 @@ std::string refuse(const Shape& shape, const Limits& limits, const Plan& plan) {
   if (plan.slice < 1 || plan.launch < plan.slice || plan.launch % plan.slice != 0) {
     return "a launch must be of whole slices";
   }
-  if (plan.cluster && plan.blocks > limits.cluster) {
-    return "a cluster of " + std::to_string(plan.blocks) + " blocks is larger than the device's";
+  if (plan.cluster && (plan.blocks > kMaxCluster || limits.clusters[plan.blocks] == 0)) {
+    return "the device has no clusters of " + std::to_string(plan.blocks) + " blocks";
   }
   // The number of bytes that a barrier counts is limited.
   const int64_t message = static_cast<int64_t>(plan.slice) * round_up(shape.H, kRowMultiple) *
                           published(shape.cell, shape.backward) * element_bytes(shape.dtype);
   if (plan.cluster && message >= 1 << 20) return "a step's message is larger than a barrier counts";
-  const int64_t resident = static_cast<int64_t>(plan.blocks) * shape.stacked() *
-                           plan.slices(std::min(plan.launch, shape.B));
   if (shape.layers > 1 && (shape.backward || shape.directions > 1)) {
     return "layers share a launch in one direction and forward only";
   }
   if (shape.layers > 1 && plan.launch < shape.B) {
     return "layers that share a launch have all sequences in it";
   }
-  // Layers wait for each other. Clusters do not find a place on every multiprocessor: they stay
-  // within one of its groups (GPC), and how large these are differs from device to device.
-  const int32_t places = plan.cluster ? limits.processors * 3 / 4 : limits.processors;
-  if ((!plan.cluster || shape.layers > 1) && resident > places) {
-    return "its " + std::to_string(resident) + " blocks do not run at the same time on " +
-           std::to_string(limits.processors) + " multiprocessors";
+  // All blocks of a grid wait for each other, and layers that share a launch.
+  const int64_t groups = int64_t{shape.stacked()} * plan.slices(std::min(plan.launch, shape.B));
+  const int64_t places =
+      plan.cluster ? limits.clusters[plan.blocks] : limits.processors / plan.blocks;
+  if ((!plan.cluster || shape.layers > 1) && groups > places) {
+    return "its " + std::to_string(groups) + " groups of " + std::to_string(plan.blocks) +
+           " blocks do not run at the same time";
+  }
+  if (plan.slices(std::min(plan.launch, shape.B)) > kMaxSlices) {
+    return "a launch has at most " + std::to_string(kMaxSlices) + " slices";
+  }
+  // Before sizes are worked out in 32 bits.
+  const int64_t state = int64_t{plan.slice} * published(shape.cell, shape.backward) *
+                        round_up(shape.H, kRowMultiple) * element_bytes(shape.dtype);
+  if (state > limits.shared_bytes) {
+    return "a block needs more than the " + std::to_string(limits.shared_bytes) +
+           " bytes of shared memory that there are for the state alone";
   }
   const int32_t bytes = shared_layout(shape, plan).bytes;
   if (bytes > limits.shared_bytes) {
@@ -146,7 +157,7 @@ bool make_plan(const Shape& shape, const Limits& limits, Plan& best, std::string
             plan.slice = std::min(slice, shape.B);
             plan.chunk = std::min(most, static_cast<int32_t>(round_up(plan.slice, tile)));
             const int32_t slices = plan.slices(shape.B);
-            plan.launch = plan.slice * slices;
+            plan.launch = plan.slice * std::min(slices, kMaxSlices);
             if (!cluster) {
               const int32_t places = limits.processors / plan.blocks / shape.stacked();
               plan.launch = plan.slice * std::max(1, std::min(slices, places));
@@ -203,7 +214,7 @@ std::string describe(const Shape& shape, const Plan& plan) {
 }
 
 int64_t finished_bytes(const Shape& shape, const Plan& plan) {
-  return static_cast<int64_t>(shape.layers - 1) * plan.slices(shape.B) * 4;
+  return static_cast<int64_t>(shape.layers - 1) * plan.slices(shape.B) * plan.blocks * 4;
 }
 
 int64_t exchange_bytes(const Shape& shape, const Plan& plan) {

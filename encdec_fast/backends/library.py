@@ -35,7 +35,7 @@ _OPS = (
     "bridge_pack",
     "bridge_forward",
 )
-_CUDA_OPS = ("rnn_forward", "rnn_backward", "decode_step")
+_CUDA_OPS = ("rnn_max_clusters", "rnn_forward", "rnn_backward", "decode_step")
 # A build of csrc/*_cuda.cu for the CPU, for tests (tests/cpp/gpu_on_cpu.h).
 _CUDA_ON_CPU = os.environ.get("ENCDEC_FAST_CUDA_ON_CPU")
 # The oldest driver for binaries of a CUDA toolkit's major version, as CUDA's release notes have it.

@@ -21,18 +21,18 @@ _FORMATS = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16:
 class Limits(NamedTuple):
     """What a device has for one kernel.
 
-    capability: 10 * major + minor. shared_bytes: that a block may ask for. cluster: blocks of the
-    largest cluster, 0 where there are none.
+    capability: 10 * major + minor. shared_bytes: that a block may ask for. clusters: of 1, 2, ...
+    blocks, how many run at the same time; empty where there are none.
     """
 
     capability: int
     processors: int
     shared_bytes: int
-    cluster: int
+    clusters: tuple[int, ...]
 
 
 # What the kernels' tests on a CPU pretend: small, so that small layers are cut.
-ON_CPU = Limits(90, 12, 96 << 10, 4)
+ON_CPU = Limits(90, 12, 96 << 10, (12, 6, 4, 3))
 
 
 @cache
@@ -42,11 +42,14 @@ def limits(device: int) -> Limits:
         return ON_CPU
     has = torch.cuda.get_device_properties(device)
     capability = 10 * has.major + has.minor
-    # Sixteen blocks is beyond what every device of 9.0 promises, and what those made so far have;
-    # the Blackwell of desktops (12.x) has eight.
-    cluster = 0 if has.major < 9 else 8 if has.major >= 12 else 16
+    clusters: tuple[int, ...] = ()
+    if has.major >= 9:
+        # Clusters stay within a group of multiprocessors, and these differ from part to part.
+        like = torch.empty(0, device=torch.device("cuda", device))
+        with torch.cuda.device(device):
+            clusters = tuple(torch.ops.encdec_fast_cuda.rnn_max_clusters(like))
     shared: int = has.shared_memory_per_block_optin  # type: ignore[attr-defined]
-    return Limits(capability, has.multi_processor_count, shared, cluster)
+    return Limits(capability, has.multi_processor_count, shared, clusters)
 
 
 class Plan(NamedTuple):
@@ -146,7 +149,10 @@ def _cut(
 def _whole_quads(weight: Tensor) -> Tensor:
     """Rows of a multiple of 8 numbers, with zeros at their ends: what the kernel reads at once."""
     missing = -weight.shape[2] % 8
-    return functional.pad(weight, (0, missing)) if missing else weight
+    if missing:
+        return functional.pad(weight, (0, missing))
+    # A view may begin anywhere.
+    return weight if weight.data_ptr() % 16 == 0 else weight.clone()
 
 
 class _Kernels:

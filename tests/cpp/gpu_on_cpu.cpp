@@ -232,7 +232,7 @@ void Machine::deliver() {
 
 // For a while, one warp, one block or nobody.
 void Machine::choose_sleepers() {
-  until_sleep_ = 20 + random(static_cast<uint32_t>(32 * threads_.size()));
+  until_sleep_ = 20 + random(static_cast<uint32_t>(256 * threads_.size()));
   for (auto& thread : threads_) thread->asleep = false;
   const Block& block = *blocks[random(static_cast<uint32_t>(blocks.size()))];
   const uint32_t kind = random(3), warp = random(static_cast<uint32_t>(block.warps.size()));

@@ -178,6 +178,12 @@ void multiply<Bfloat16>(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&
 template <>
 void multiply<Float16>(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]);
 
+// A device of twelve multiprocessors, in one group.
+template <class... Parameters>
+int max_clusters(void (*)(Parameters...), int blocks, int) {
+  return 12 / blocks;
+}
+
 template <class... Parameters, class... Arguments>
 void launch(const Launch& l, void (*kernel)(Parameters...), Arguments... arguments) {
   cpu::run(l, [=] { kernel(arguments...); });

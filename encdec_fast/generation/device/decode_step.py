@@ -42,6 +42,26 @@ def why_not(decoder: Any) -> str:
     return ""
 
 
+def shared_bytes(decoder: RecurrentDecoder, rows: int, S: int) -> int:
+    """Bytes of shared memory that a block needs; as csrc/generation/decode_step_gpu.cpp has it."""
+    H, M, E = decoder.hidden_size, decoder.context_size, decoder.embedding.shape[1]
+    padded = 1 if rows == 1 else 4 if rows <= 4 else MOST_ROWS
+    return 4 * max(padded * (max(E, H) + M + H), S + _attention_size(decoder))
+
+
+def _attention_size(decoder: RecurrentDecoder) -> int:
+    if decoder.attention is None:
+        return 0
+    keys = decoder.keys or decoder.query
+    return decoder.hidden_size if keys is None else keys.weight.shape[0]
+
+
+def _whole(tensor: Tensor) -> Tensor:
+    """As the kernel reads it: contiguous, from a multiple of sixteen bytes on."""
+    tensor = tensor.contiguous()
+    return tensor if tensor.data_ptr() % 16 == 0 else tensor.clone()
+
+
 def _bias(weights: Weights, affine: Affine | None) -> Tensor | None:
     return None if affine is None or affine.bias is None else weights(affine.bias)
 
@@ -51,9 +71,7 @@ class DecodeStep:
 
     def __init__(self, decoder: RecurrentDecoder, weights: Weights, R: int, S: int) -> None:
         H, M = decoder.hidden_size, decoder.context_size
-        attends = decoder.attention is not None
-        keys = decoder.keys or decoder.query
-        A = 0 if not attends else H if keys is None else keys.weight.shape[0]
+        attends, A = decoder.attention is not None, _attention_size(decoder)
         layers, device = len(decoder.layers), weights.device
         self.logits = weights.zeros(R, decoder.output.weight.shape[0])
         self.shown = weights.zeros(R, S) if attends else None
@@ -96,15 +114,15 @@ class DecodeStep:
             K,
             tokens,
             parents,
-            weights(decoder.embedding).contiguous(),
-            [tensor.contiguous() for tensor in layers],
-            None if query is None else weights(query.weight).contiguous(),
+            _whole(weights(decoder.embedding)),
+            [_whole(tensor) for tensor in layers],
+            None if query is None else _whole(weights(query.weight)),
             _bias(weights, query),
             score,
             keys,
             values,
             lengths,
-            weights(decoder.output.weight).contiguous(),
+            _whole(weights(decoder.output.weight)),
             _bias(weights, decoder.output),
             states[0],
             states[1] if len(states) > 1 else None,

@@ -22,7 +22,7 @@ from encdec_fast.backends import BackendRefused, requested_backend
 from encdec_fast.backends.locks import ForkSafeLock
 from encdec_fast.generation.config import GenerationConfig
 from encdec_fast.generation.decoders import Decoder, RecurrentDecoder, parts_of
-from encdec_fast.generation.device.decode_step import MOST_ROWS
+from encdec_fast.generation.device.decode_step import MOST_ROWS, shared_bytes
 from encdec_fast.generation.device.recurrent import RecurrentSteps
 from encdec_fast.generation.device.search import Search, Sizes
 from encdec_fast.generation.device.transformer import TransformerSteps
@@ -38,6 +38,7 @@ from encdec_fast.generation.result import Hypothesis
 from encdec_fast.ops import _triton
 from encdec_fast.ops._call import without_autocast
 from encdec_fast.ops._checks import checks_asked
+from encdec_fast.ops._recurrent_cuda import limits
 
 STEPS = 8  # between two looks of the host
 EAGER = 12  # steps of a session before it is captured: what comes once is hardly worth a graph
@@ -301,6 +302,16 @@ def run(
             "for another backend"
         )
     device = decoder.output.weight.device
+    if one_launch:
+        assert isinstance(decoder, RecurrentDecoder)
+        has = limits(-1 if device.type == "cpu" else decoder.output.weight.get_device())
+        needed = shared_bytes(decoder, rows, S)
+        if has.capability < 80 or needed > has.shared_bytes:
+            raise BackendRefused(
+                "generate: the decode step of the cuda backend needs compute capability 8.0 and "
+                f"{needed} bytes of shared memory for a block, and the device has "
+                f"{has.capability / 10} and {has.shared_bytes}"
+            )
     here = torch.cuda.device_of(decoder.output.weight)
     with here, torch.no_grad(), without_autocast(device.type):
         key, session = _session(owner, decoder, config, sizes, S, DTYPES[weight_dtype], one_launch)
