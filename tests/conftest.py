@@ -29,6 +29,11 @@ NATIVE = not library.ops_reason()
 REQUIRE_NATIVE = bool(os.environ.get("ENCDEC_FAST_REQUIRE_NATIVE"))
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The tests of minutes first, so that no process is left with them when the others are done."""
+    items.sort(key=lambda item: item.path.name != "test_triton_report.py")
+
+
 @pytest.fixture(params=["cpu", "triton"])
 def kernels(request: pytest.FixtureRequest) -> Iterator[str]:
     """This package's own kernels, for ops that have both: the whole test runs on them."""
