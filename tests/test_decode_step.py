@@ -159,6 +159,26 @@ def test_it_refuses_many_rows() -> None:
         generate(model, [[1, 2]] * 5, config.replace(num_beams=2))
 
 
+@pytest.mark.parametrize(("B", "K"), [(1, 1), (3, 1), (2, 4)])
+@pytest.mark.parametrize("layers", [1, 2, 3])
+@pytest.mark.parametrize("attention", ["additive", "general", None])
+def test_shared_memory_is_what_the_kernel_says(
+    attention: str | None, layers: int, B: int, K: int
+) -> None:
+    """A byte less than it is said to need is refused by the op itself."""
+    decoder = made("lstm", attention, layers).generation_decoder()
+    assert isinstance(decoder, RecurrentDecoder)
+    _, one = both(decoder, B, K, torch.float32)
+    assert one.launch is not None
+    needed = decode_step.shared_bytes(decoder, B * K, S if decoder.attends else 0)
+    tokens = torch.zeros(B * K, dtype=torch.int64, device=DEVICE)
+    one.launch.limits = one.launch.limits._replace(shared_bytes=needed)
+    advance(one, tokens, tokens)
+    one.launch.limits = one.launch.limits._replace(shared_bytes=needed - 1)
+    with pytest.raises(RuntimeError, match=f"a block needs {needed} bytes"):
+        advance(one, tokens, tokens)
+
+
 def test_bad_tensors() -> None:
     """What a kernel would read or write out of bounds for is an error of the op."""
     decoder = made("lstm", "additive", 1).generation_decoder()

@@ -69,7 +69,10 @@ Steps steps_of(const Layout& layout, const Sizes& s, const Tensor& like,
   constexpr int64_t kMost = int64_t{1} << 31;
   STD_TORCH_CHECK(layout.T > 0 && layout.B > 0 && layout.T < kMost && layout.B < kMost,
                   "there must be at least one step and one sequence");
-  STD_TORCH_CHECK(layout.rows <= layout.T * layout.B, "there are more rows than steps");
+  // Without starts a row lies at its place, and all have T steps.
+  STD_TORCH_CHECK(layout.rows == layout.T * layout.B ||
+                      (starts && layout.rows >= 0 && layout.rows < layout.T * layout.B),
+                  "there must be a row for each step of each sequence");
   Steps steps{};
   steps.T = static_cast<int32_t>(layout.T), steps.B = static_cast<int32_t>(layout.B);
   steps.H = static_cast<int32_t>(s.H),

@@ -168,7 +168,7 @@ class _Kernels:
         layers: tuple[Any, ...] = ()
         if above is not None:
             input_weight, input_bias = above
-            handed_up = weight.new_zeros(len(input_weight), sequences.rows, weight.shape[2])
+            handed_up = weight.new_empty(len(input_weight), sequences.rows, weight.shape[2])
             layers = _whole_quads(input_weight), input_bias, handed_up
         forward = torch.ops.encdec_fast_cuda.rnn_forward
         forward(CELLS[call.kind], products, weight, bias, *tensors, *cut, *layers)

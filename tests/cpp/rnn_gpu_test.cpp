@@ -85,8 +85,7 @@ struct Layer {
         lengths(static_cast<size_t>(B)),
         resets(static_cast<size_t>(T * B)),
         products(random_floats(T * B * D * G * H)),
-        // In half precisions larger ones would make more of a state's rounding than is allowed.
-        weight(c.shape.dtype, D * G * H * H, c.shape.dtype == Format::kFloat32 ? 0.5f : 0.2f),
+        weight(c.shape.dtype, D * G * H * H, 0.5f),
         h0(c.shape.dtype, D * B * H, 0.9f),
         c0(c.shape.dtype, D * B * H, 1.0f),
         grad_output(c.shape.dtype, T * B * D * H, 1.0f),
@@ -454,7 +453,7 @@ void test_layers() {
       on_cpu::options().seed = cluster ? 11 : 12;
       Stack stack({shape(Cell::kLstm, Format::kFloat32, 9, 40), plan(cluster, 8, 8, 1, 2, 9, 9, 40),
                    4, unequal, unequal});
-      CHECK(stack.is_right(stack.by_themselves(), 2e-4));  // rounding grows from layer to layer
+      CHECK(stack.is_right(stack.by_themselves(), 2e-5));
     }
   }
 }
@@ -479,7 +478,7 @@ void test_mutations() {
     Stack stack(c);
     on_cpu::options() = {};
     const auto expected = stack.by_themselves();
-    check_all_are_needed([&] { return stack.is_right(expected, 2e-4); }, 12);
+    check_all_are_needed([&] { return stack.is_right(expected, 2e-5); }, 12);
   }
 }
 

@@ -46,7 +46,8 @@ def shared_bytes(decoder: RecurrentDecoder, rows: int, S: int) -> int:
     """Bytes of shared memory that a block needs; as csrc/generation/decode_step_gpu.cpp has it."""
     H, M, E = decoder.hidden_size, decoder.context_size, decoder.embedding.shape[1]
     padded = 1 if rows == 1 else 4 if rows <= 4 else MOST_ROWS
-    return 4 * max(padded * (max(E, H) + M + H), S + _attention_size(decoder))
+    above = 0 if len(decoder.layers) == 1 else H + M if decoder.attends else H
+    return 4 * max(padded * (max(E + M, above) + H), S + _attention_size(decoder))
 
 
 def _attention_size(decoder: RecurrentDecoder) -> int:
