@@ -58,7 +58,11 @@ class AttentionRun : private Scores {
         call_(call),
         places_(attention_places<format>(call)),
         own_(call.workspace + places_.member + rank * places_.member_bytes),
-        esize_(element_bytes(call.dtype)) {}
+        esize_(element_bytes(call.dtype)),
+        past_caches_(worth_past_caches(
+            call.dtype, call.output.data,
+            call.output.batch_stride | call.output.head_stride | call.output.row_stride,
+            call.B * call.H * call.Tq * call.V * esize_)) {}
 
   // Keys and values of a head into place `slot`; only the keys that count are read.
   void pack(int64_t b, int64_t g, int64_t slot) const {
@@ -67,6 +71,17 @@ class AttentionRun : private Scores {
                                call_.D);
     values(slot).pack_as_rows(call_.value.at(b, g, 0), call_.dtype, call_.value.row_stride, n,
                               call_.V);
+  }
+
+  // The key head that this member takes after `unit`; none: -1.
+  void foresee(int64_t unit, int64_t next) {
+    const int64_t group = call_.H / call_.G;
+    ahead_.start(next < 0 ? 0 : call_.queries_of(unit / call_.G) * group);
+    if (next < 0) return;
+    const int64_t b = next / call_.G, g = next % call_.G, n = call_.keys_of(b);
+    ahead_.add(call_.key, b, g, n, call_.D * esize_);
+    ahead_.add(call_.value, b, g, n, call_.V * esize_);
+    ahead_.add(call_.query, b, g * group, call_.queries_of(b), call_.D * esize_);
   }
 
   void run(const QueryTile& t, int64_t slot) { call_.packed ? run_packed(t, slot) : run_direct(t); }
@@ -121,11 +136,16 @@ class AttentionRun : private Scores {
     }
     values(slot).multiply(
         weights, t.rows, n, [&](int64_t p, int64_t row, int count, const float* tile) {
+          const int64_t column = p * kPanel;
+          const bool whole = column + kPanel <= call_.V;
           for (int64_t r = row; r < row + count; ++r, tile += kPanel) {
-            for (int v = 0; v < kVectors; ++v) {
-              const int64_t column = p * kPanel + v * kLanes;
-              if (column >= call_.V) break;
-              put(r, column, load(tile + v * kLanes), lanes_left(column, call_.V));
+            if (whole) {
+              put_pair(r, column, load(tile), load(tile + kLanes));
+              continue;
+            }
+            for (int v = 0; v < kVectors && column + v * kLanes < call_.V; ++v) {
+              const int64_t c = column + v * kLanes;
+              put(r, c, load(tile + v * kLanes), lanes_left(c, call_.V));
             }
           }
         });
@@ -183,9 +203,20 @@ class AttentionRun : private Scores {
     store_as(call_.dtype, output()[r] + column * esize_, mul(sum, set1(inverse()[r])), lanes);
   }
 
+  void put_pair(int64_t r, int64_t column, Float first, Float second) const {
+    const Float by = set1(inverse()[r]);
+    char* const to = output()[r] + column * esize_;
+    if (past_caches_) {
+      store_pair_as<true>(call_.dtype, to, mul(first, by), mul(second, by));
+    } else {
+      store_pair_as(call_.dtype, to, mul(first, by), mul(second, by));
+    }
+  }
+
   // Scores become weights but for a factor, which inverse() receives; the weights are shown.
   template <class Put>
-  void finish_row(const QueryTile& t, int64_t r, int64_t n, const Put& weights) const {
+  void finish_row(const QueryTile& t, int64_t r, int64_t n, const Put& weights) {
+    ahead_.ask();
     const QueryRow at = row_at(t, r);
     float* const row = scores(r);
     output()[r] = call_.output.at(t.b, at.head, at.query);
@@ -216,6 +247,8 @@ class AttentionRun : private Scores {
   const AttentionPlaces places_;
   char* const own_;
   const int esize_;
+  const bool past_caches_;
+  RowsAhead ahead_;
 };
 
 // Units of a sentence: some rows of a key head's group of query heads, or, where the weights'
@@ -248,7 +281,9 @@ inline void run_attention(const Attention& f) {
     AttentionRun<format> own(f, rank);
     if (f.apart) {  // what is packed stays in the member's own caches
       const int64_t units = heads / step, slot = rank * step;
-      for (int64_t u = work.take(units); u >= 0; u = work.take(units)) {
+      for (int64_t u = work.take(units), next; u >= 0; u = next) {
+        next = work.take(units);
+        if (step == 1) own.foresee(u, next);
         for (int64_t i = 0; i < step; ++i) {
           own.pack((u * step + i) / f.G, (u * step + i) % f.G, slot + i);
         }

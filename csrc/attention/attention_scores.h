@@ -97,6 +97,42 @@ class PackedRows {
   int64_t panel_bytes_, panels_, k_ = 0;
 };
 
+// Rows of heads that are needed soon, asked for a part at a time during other work. They lie apart,
+// so that the hardware, which stops looking ahead at the end of a page, does not see them coming.
+class RowsAhead {
+ public:
+  // Forgets all rows; those that are added now are asked for in `parts` parts.
+  void start(int64_t parts) {
+    parts_ = parts;
+    part_ = count_ = 0;
+  }
+  void add(const Heads& x, int64_t b, int64_t head, int64_t rows, int64_t row_bytes) {
+    if (x.data) rows_[count_++] = {x.at(b, head, 0), x.row_stride, rows, row_bytes};
+  }
+  void ask() {
+    if (part_ >= parts_) return;
+    for (int i = 0; i < count_; ++i) {
+      const Rows& x = rows_[i];
+      const int64_t end = x.rows * (part_ + 1) / parts_;
+      for (int64_t r = x.rows * part_ / parts_; r < end; ++r) {
+        for (int64_t at = 0; at < x.row_bytes; at += 64) {
+          __builtin_prefetch(x.first + r * x.stride + at, 0, 2);
+        }
+      }
+    }
+    ++part_;
+  }
+
+ private:
+  struct Rows {
+    const char* first;
+    int64_t stride, rows, row_bytes;
+  };
+  Rows rows_[4];
+  int count_ = 0;
+  int64_t parts_ = 0, part_ = 0;
+};
+
 // Some rows of queries that share their keys: consecutive ones of one head, or of all the heads of
 // a group, head by head.
 struct QueryTile {

@@ -10,6 +10,9 @@
 namespace encdec {
 namespace ENCDEC_ISA_NAMESPACE {
 
+// Outputs of this size are written past the caches.
+constexpr int64_t kPastCaches = int64_t{1} << 20;
+
 // n <= kLanes numbers of a tensor as floats, zeros behind them.
 ENCDEC_INLINE Float load_as(Format dtype, const char* p, int n = kLanes) {
   if (dtype == Format::kFloat32) {
@@ -51,13 +54,35 @@ inline void with_dtype(Format dtype, const Visit& visit) {
   }
 }
 
-// kLanes floats to memory that is not read soon: a whole line, past the caches.
-ENCDEC_INLINE void store_past_caches(float* p, Float v) {
-#if defined(__AVX512F__)
-  _mm512_stream_ps(p, v);
-#else
-  _mm256_stream_ps(p, v);
-#endif
+// kLanes floats to memory that is not read soon, past the caches: nothing is read for what is
+// overwritten. p starts at a whole vector; together such stores should fill lines. The barriers of
+// a team order them.
+ENCDEC_INLINE void store_past_caches(float* p, Float v) { istore_past_caches(p, bits(v)); }
+
+// Two vectors, one behind the other.
+template <bool past_caches = false>
+ENCDEC_INLINE void store_pair_as(Format dtype, char* p, Float first, Float second) {
+  const auto put = [](char* to, Int v) __attribute__((always_inline)) {
+    past_caches ? istore_past_caches(to, v) : istore(to, v);
+  };
+  if (dtype == Format::kFloat32) {
+    put(p, bits(first));
+    put(p + kLanes * 4, bits(second));
+  } else {
+    put(p, dtype == Format::kBfloat16 ? bf16_pair(first, second)
+                                      : join_halves(to_f16(first), to_f16(second)));
+  }
+}
+
+// Whether an output of so many bytes, of which each row's pairs of vectors fill lines, is better
+// written past the caches: it would leave those that are near a core before it is read again.
+ENCDEC_INLINE bool worth_past_caches(Format dtype, const char* first, int64_t row_stride,
+                                     int64_t bytes) {
+  constexpr int64_t kLine = 64;
+  const int64_t pair = 2 * kLanes * element_bytes(dtype);
+  const bool lines = (reinterpret_cast<uintptr_t>(first) | static_cast<uint64_t>(row_stride)) %
+                         kLine == 0 && pair % kLine == 0;
+  return lines && bytes >= kPastCaches;
 }
 
 // The value that a number has after it was stored in `dtype`.

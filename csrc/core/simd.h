@@ -63,6 +63,9 @@ ENCDEC_INLINE Int izero() { return _mm512_setzero_si512(); }
 ENCDEC_INLINE Int iset1(int32_t x) { return _mm512_set1_epi32(x); }
 ENCDEC_INLINE Int iload(const void* p) { return _mm512_loadu_si512(p); }
 ENCDEC_INLINE void istore(void* p, Int v) { _mm512_storeu_si512(p, v); }
+ENCDEC_INLINE void istore_past_caches(void* p, Int v) {
+  _mm512_stream_si512(static_cast<__m512i*>(p), v);
+}
 ENCDEC_INLINE Int iadd(Int a, Int b) { return _mm512_add_epi32(a, b); }
 ENCDEC_INLINE Int ixor(Int a, Int b) { return _mm512_xor_si512(a, b); }
 ENCDEC_INLINE Int iand(Int a, Int b) { return _mm512_and_si512(a, b); }
@@ -123,15 +126,28 @@ ENCDEC_INLINE void store_half(void* p, Half v) { _mm256_storeu_si256(static_cast
 ENCDEC_INLINE Float from_bf16(Half h) {
   return from_bits(_mm512_slli_epi32(_mm512_cvtepu16_epi32(h), 16));
 }
-ENCDEC_INLINE Half to_bf16(Float v) {
-  // Round to nearest even on the integer image; a NaN keeps its sign and becomes quiet. The
-  // hardware conversion is not used: it flushes denormals, and results would differ by machine.
+// The bfloat16 of each lane in the upper half of its word. Round to nearest even on the integer
+// image; a NaN keeps its sign and becomes quiet. The hardware conversion is not used: it flushes
+// denormals, and results would differ by machine.
+ENCDEC_INLINE Int bf16_words(Float v) {
   const Int b = bits(v);
   const Int lsb = _mm512_and_si512(_mm512_srli_epi32(b, 16), iset1(1));
   const Int rounded = _mm512_add_epi32(b, _mm512_add_epi32(lsb, iset1(0x7fff)));
   const Mask nan = _mm512_cmp_ps_mask(v, v, _CMP_UNORD_Q);
-  const Int kept = _mm512_mask_or_epi32(rounded, nan, b, iset1(0x400000));
-  return _mm512_cvtepi32_epi16(_mm512_srli_epi32(kept, 16));
+  return _mm512_mask_or_epi32(rounded, nan, b, iset1(0x400000));
+}
+ENCDEC_INLINE Half to_bf16(Float v) {
+  return _mm512_cvtepi32_epi16(_mm512_srli_epi32(bf16_words(v), 16));
+}
+// The halves of two vectors, one behind the other.
+ENCDEC_INLINE Int bf16_pair(Float first, Float second) {
+  alignas(64) static constexpr int16_t kUpper[2 * kLanes] = {
+      1,  3,  5,  7,  9,  11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31,
+      33, 35, 37, 39, 41, 43, 45, 47, 49, 51, 53, 55, 57, 59, 61, 63};
+  return _mm512_permutex2var_epi16(bf16_words(first), iload(kUpper), bf16_words(second));
+}
+ENCDEC_INLINE Int join_halves(Half first, Half second) {
+  return _mm512_inserti64x4(_mm512_castsi256_si512(first), second, 1);
 }
 // One word per lane: a in its lower, b in its upper half.
 ENCDEC_INLINE Int pair_halves(Half a, Half b) {
@@ -232,6 +248,9 @@ ENCDEC_INLINE Int iload(const void* p) {
   return _mm256_loadu_si256(static_cast<const __m256i*>(p));
 }
 ENCDEC_INLINE void istore(void* p, Int v) { _mm256_storeu_si256(static_cast<__m256i*>(p), v); }
+ENCDEC_INLINE void istore_past_caches(void* p, Int v) {
+  _mm256_stream_si256(static_cast<__m256i*>(p), v);
+}
 ENCDEC_INLINE Int iadd(Int a, Int b) { return _mm256_add_epi32(a, b); }
 ENCDEC_INLINE Int ixor(Int a, Int b) { return _mm256_xor_si256(a, b); }
 ENCDEC_INLINE Int iand(Int a, Int b) { return _mm256_and_si256(a, b); }
@@ -306,6 +325,12 @@ ENCDEC_INLINE Half to_bf16(Float v) {
   const Int nan = bits(_mm256_cmp_ps(v, v, _CMP_UNORD_Q));
   const Int kept = _mm256_blendv_epi8(rounded, _mm256_or_si256(b, iset1(0x400000)), nan);
   return narrow_epu32_epu16(_mm256_srli_epi32(kept, 16));
+}
+ENCDEC_INLINE Int join_halves(Half first, Half second) {
+  return _mm256_inserti128_si256(_mm256_castsi128_si256(first), second, 1);
+}
+ENCDEC_INLINE Int bf16_pair(Float first, Float second) {
+  return join_halves(to_bf16(first), to_bf16(second));
 }
 ENCDEC_INLINE Int pair_halves(Half a, Half b) {
   return _mm256_or_si256(_mm256_cvtepu16_epi32(a), _mm256_slli_epi32(_mm256_cvtepu16_epi32(b), 16));

@@ -152,18 +152,33 @@ class StepTeam {
         const RowsView own{x.data + first * x.stride, x.stride};
         multiply_rows<format, kVectors>(static_cast<int>(end - first), weight, panel, own, tile,
                                         kPanel, false, {i, tiles.count});
-        for (int v = 0; v < kVectors && panel * kPanel + v * kLanes < p.N; ++v) {
-          const int64_t column = panel * kPanel + v * kLanes;
-          const int lanes = lanes_left(column, p.N);
-          const Float bias = p.bias ? load(p.bias + column) : zero();
-          const Float scale = format == Format::kInt8 ? load(weight.scale + column) : zero();
-          const float* const scales = x.scales;
-          for (int64_t r = first; r < end; ++r) {
-            Float y = load(tile + (r - first) * kPanel + v * kLanes);
-            if constexpr (format == Format::kInt8) y = mul(y, mul(scale, set1(scales[r])));
-            put(r, column, add(y, bias), lanes);
-          }
+        const int64_t column = panel * kPanel;
+        if (column + kPanel <= p.N) {
+          finish<true>(p, weight, x.scales, first, end, column, tile, put);
+        } else {
+          finish<false>(p, weight, x.scales, first, end, column, tile, put);
         }
+      }
+    }
+  }
+
+  // What follows the product of some rows with a panel; whole: all of its columns are there.
+  template <bool whole, class Put>
+  static ENCDEC_INLINE void finish(const Projection& p, const PackedView& weight,
+                                   const float* scales, int64_t first, int64_t end, int64_t column,
+                                   const float* tile, const Put& put) {
+    const int vectors = whole || column + kLanes < p.N ? kVectors : 1;
+    Float bias[kVectors], scale[kVectors];
+    for (int v = 0; v < vectors; ++v) {
+      bias[v] = p.bias ? load(p.bias + column + v * kLanes) : zero();
+      scale[v] = format == Format::kInt8 ? load(weight.scale + column + v * kLanes) : zero();
+    }
+    for (int64_t r = first; r < end; ++r, tile += kPanel) {
+      for (int v = 0; v < vectors; ++v) {
+        const int64_t c = column + v * kLanes;
+        Float y = load(tile + v * kLanes);
+        if constexpr (format == Format::kInt8) y = mul(y, mul(scale[v], set1(scales[r])));
+        put(r, c, add(y, bias[v]), whole ? kLanes : lanes_left(c, p.N));
       }
     }
   }

@@ -75,6 +75,23 @@ ENCDEC_INLINE Float activated(Activation activation, Float x) {
   }
 }
 
+// Calls visit with the activation as a constant.
+template <class Visit>
+inline void with_activation(Activation activation, const Visit& visit) {
+  switch (activation) {
+    case Activation::kRelu:
+      return visit(std::integral_constant<Activation, Activation::kRelu>{});
+    case Activation::kGelu:
+      return visit(std::integral_constant<Activation, Activation::kGelu>{});
+    case Activation::kGeluTanh:
+      return visit(std::integral_constant<Activation, Activation::kGeluTanh>{});
+    case Activation::kSilu:
+      return visit(std::integral_constant<Activation, Activation::kSilu>{});
+    default:
+      return visit(std::integral_constant<Activation, Activation::kNone>{});
+  }
+}
+
 // How a row is normalised: (x - mean) scale.
 struct RowNorm {
   Float mean, scale;
@@ -113,7 +130,9 @@ class LinearRun {
                      format, call.K, kVectors)),
         places_(places<format>(call)),
         own_(call.workspace + rank * places_.member_bytes),
-        esize_(element_bytes(call.dtype)) {}
+        esize_(element_bytes(call.dtype)),
+        past_caches_(worth_past_caches(call.dtype, call.output, call.output_stride,
+                                       call.M * call.N * element_bytes(call.dtype))) {}
 
   void run() {
     const bool split = call_.plan.split_rows;
@@ -164,43 +183,76 @@ class LinearRun {
         const int n = static_cast<int>(tiles.begin(i + 1) - row);
         multiply_rows<format, kVectors>(n, weight_, p, {own_ + row * places_.row, places_.row},
                                         tile, kPanel, false, ahead(i, tiles.count));
-        for (int v = 0; v < kVectors && p * kPanel + v * kLanes < call_.N; ++v) {
-          finish(first, row, n, p * kPanel + v * kLanes, tile + v * kLanes);
-        }
+        finish(first, row, n, p * kPanel, tile);
       }
     }
   }
 
-  // What follows the product, for n rows and one vector of columns. What a row needs is read once:
-  // a store might change it, for all that the compiler knows.
-  ENCDEC_INLINE void finish(int64_t first, int64_t row, int n, int64_t column, const float* tile) {
-    const int lanes = lanes_left(column, call_.N);
-    const int64_t at = column * esize_;
-    const Float bias = call_.bias ? load_as(call_.dtype, call_.bias + at, lanes) : zero();
-    const Float scale = format == Format::kInt8 ? load(weight_.scale + column) : zero();
-    const float* const row_scales = scales();
-    const Activation activation = call_.activation;
-    const Format dtype = call_.dtype;
-    const bool normed = call_.norm != Norm::kNone;
+  // What follows the product, for n rows of the panel at `column`.
+  void finish(int64_t first, int64_t row, int n, int64_t column, const float* tile) const {
+    with_dtype(call_.dtype, [&](auto dtype) {
+      with_activation(call_.activation, [&](auto activation) {
+        constexpr Format d = decltype(dtype)::value;
+        constexpr Activation a = decltype(activation)::value;
+        if (column + kPanel <= call_.N) {
+          finish_rows<d, a, true>(first, row, n, column, tile);
+        } else {
+          finish_rows<d, a, false>(first, row, n, column, tile);
+        }
+      });
+    });
+  }
+
+  // Compiled for each dtype and activation, for in this loop branches cost as much as arithmetic.
+  // What a row needs is read once: a store might change it, for all that the compiler knows.
+  template <Format dtype, Activation activation, bool whole>
+  __attribute__((noinline)) void finish_rows(int64_t first, int64_t row, int n, int64_t column,
+                                             const float* tile) const {
+    int lanes[kVectors];
+    Float bias[kVectors], scale[kVectors];
+    for (int v = 0; v < kVectors; ++v) {
+      const int64_t c = column + v * kLanes;
+      lanes[v] = whole ? kLanes : c < call_.N ? lanes_left(c, call_.N) : 0;
+      const char* const at = call_.bias + c * element_bytes(dtype);
+      bias[v] = call_.bias && lanes[v] > 0 ? load_as(dtype, at, lanes[v]) : zero();
+      scale[v] = format == Format::kInt8 ? load(weight_.scale + c) : zero();
+    }
+    const float* const row_scales = scales() + row;
+    const bool normed = call_.norm != Norm::kNone, past_caches = past_caches_;
     const int64_t from_stride = call_.residual_stride, to_stride = call_.output_stride;
-    const char* from = call_.residual ? call_.residual + (first + row) * from_stride + at : nullptr;
-    char* to = call_.output + (first + row) * to_stride + at;
+    const int64_t result_stride = places_.stride;
+    const char* from = call_.residual;
+    if (from) from += (first + row) * from_stride + column * element_bytes(dtype);
+    char* to = call_.output + (first + row) * to_stride + column * element_bytes(dtype);
     float* result = normed ? results(row) + column : nullptr;
-    for (int64_t r = row; r < row + n; ++r, tile += kPanel) {
-      Float x = load(tile);
-      if constexpr (format == Format::kInt8) x = mul(x, mul(scale, set1(row_scales[r])));
-      x = activated(activation, add(x, bias));
-      if (from) {
-        x = add(x, load_as(dtype, from, lanes));
-        from += from_stride;
+    for (int r = 0; r < n; ++r, tile += kPanel) {
+      Float x[kVectors];
+      for (int v = 0; v < kVectors; ++v) {
+        x[v] = load(tile + v * kLanes);
+        if constexpr (format == Format::kInt8) x[v] = mul(x[v], mul(scale[v], set1(row_scales[r])));
+        x[v] = activated(activation, add(x[v], bias[v]));
+        if (from && lanes[v] > 0) {
+          x[v] = add(x[v], load_as(dtype, from + v * kLanes * element_bytes(dtype), lanes[v]));
+        }
+        if (normed) store(result + v * kLanes, x[v]);
       }
+      if (from) from += from_stride;
       if (normed) {
-        store(result, x);
-        result += places_.stride;
-      } else {
-        store_as(dtype, to, x, lanes);
-        to += to_stride;
+        result += result_stride;
+        continue;
       }
+      if constexpr (whole) {
+        if (past_caches) {
+          store_pair_as<true>(dtype, to, x[0], x[1]);
+        } else {
+          store_pair_as(dtype, to, x[0], x[1]);
+        }
+      } else {
+        for (int v = 0; v < kVectors && lanes[v] > 0; ++v) {
+          store_as(dtype, to + v * kLanes * element_bytes(dtype), x[v], lanes[v]);
+        }
+      }
+      to += to_stride;
     }
   }
 
@@ -225,6 +277,7 @@ class LinearRun {
   const Places places_;
   char* const own_;
   const int esize_;
+  const bool past_caches_;
 };
 
 template <Format format>
