@@ -25,6 +25,7 @@ SHAPES = {
     "one of each": (1, 1, 1, 1, 1),
     "odd": (3, 5, 7, 19, 11),
     "one query": (4, 1, 50, 40, 33),
+    "one query of whole vectors": (3, 1, 37, 64, 32),
     "two queries": (2, 2, 17, 16, 16),
     "three queries": (2, 3, 16, 48, 32),
     "many queries": (1, 70, 9, 33, 40),

@@ -230,6 +230,59 @@ def test_layouts(backend: str) -> None:
         torch.testing.assert_close(attention(q, q, q), attention(q, q.clone(), q.clone()))
 
 
+@pytest.mark.parametrize("size", [8, 16, 32, 64, 128])
+@pytest.mark.parametrize("masks", MASKS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_one_query_of_heads_side_by_side(
+    size: int, masks: str, dtype: torch.dtype, native: None
+) -> None:
+    """As projections leave them, where a row of memory has the keys of all heads."""
+    given = make((3, 16, 16, 1, 37, size, size), masks, dtype)
+    beside = dict(given)
+    for part in ("query", "key", "value"):
+        beside[part] = given[part].transpose(1, 2).contiguous().transpose(1, 2)
+    truth = reference(**cast(given, torch.float64))
+    theirs = reference(**given)
+    with two_threads():
+        poison()
+        found = attention(**beside, need_weights=True)
+        assert torch.equal(found[0], attention(**beside))
+    assert_as_good(list(found), list(theirs), list(truth), 2.0)
+
+
+@pytest.mark.parametrize("size", [64, 72])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_results_of_more_than_a_megabyte(size: int, dtype: torch.dtype, native: None) -> None:
+    """They are written past the caches where rows begin lines, and the same as small ones."""
+    given = make((4, 8, 8, 300, 280, 64, size), "none", dtype)
+    leaves = [given[name].requires_grad_() for name in ("query", "key", "value")]
+    with two_threads():
+        poison()
+        output = attention(**given)
+        together = torch.autograd.grad(output.sum(), leaves)
+        for sentence in range(4):
+            alone = attention(*(x[sentence : sentence + 1] for x in leaves))
+            assert torch.equal(alone[0], output[sentence])
+            for found, expected in zip(
+                torch.autograd.grad(alone.sum(), leaves), together, strict=True
+            ):
+                assert torch.equal(found[sentence], expected[sentence])
+
+
+@pytest.mark.parametrize("size", [32, 64])
+def test_nan_stays_in_its_head(size: int, native: None) -> None:
+    given = make((2, 16, 16, 1, 37, size, size), "none", torch.float32)
+    beside = {name: x.transpose(1, 2).contiguous().transpose(1, 2) for name, x in given.items()}
+    clean = attention(**beside)
+    for part in ("query", "key", "value"):
+        beside[part][1, 3, 0, 5] = torch.nan
+        found = attention(**beside)
+        assert found[1, 3, 0, 5].isnan()
+        beside[part][1, 3, 0, 5] = given[part][1, 3, 0, 5]
+        found[1, 3] = clean[1, 3]
+        assert torch.equal(found, clean)
+
+
 def test_the_same_bits_on_any_number_of_threads(native: None) -> None:
     given = make((3, 4, 2, 60, 50, 32, 32), "everything", torch.float32)
     found = []

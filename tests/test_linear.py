@@ -168,6 +168,25 @@ def test_rows_do_not_see_each_other(native: None) -> None:
         torch.testing.assert_close(linear(**own, **rest), together[row], rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("width", [512, 544, 530])
+@pytest.mark.parametrize("options", ["bias", "everything"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_results_of_more_than_a_megabyte(
+    width: int, options: str, dtype: torch.dtype, native: None
+) -> None:
+    """They are written past the caches where rows begin lines, and the same as small ones."""
+    tensors, rest = make(((1100,), width, 96), OPTIONS[options], dtype)
+    with two_threads():
+        poison()
+        together = linear(**tensors, **rest)
+        for first in range(0, 1100, 220):
+            own = {
+                name: t[first : first + 220] if name in ("input", "residual") else t
+                for name, t in tensors.items()
+            }
+            assert torch.equal(linear(**own, **rest), together[first : first + 220])
+
+
 def test_layouts(other_backend: str) -> None:
     tensors, _ = make(((4, 6), 20, 24), {"residual": True}, torch.float32)
     odd = {

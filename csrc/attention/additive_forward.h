@@ -96,8 +96,16 @@ class AdditiveForward {
     for (int64_t t = rows; t < round_up(rows, kTileQueries); ++t) {
       std::memset(q + t * stride, 0, static_cast<size_t>(stride * 4));
     }
+    const bool at_once = rows == 1 && !call_.coverage && s_.A % kPairFloats == 0;
     for (int64_t s = 0; good && s < n; s += kKeyBlock) {
       const int64_t count = n - s < kKeyBlock ? n - s : kKeyBlock;
+      for (int64_t i = 0; rows == 1 && i < count; ++i) {
+        ask_for_row(call_.values.at(b, s + i), s_.D * bytes);
+      }
+      if (!direct && at_once && count == kKeyBlock) {
+        good = scores_at_once(b, s);
+        continue;
+      }
       for (int64_t i = 0; i < kKeyBlock; ++i) {
         if (i < count) {
           const char* c = call_.coverage ? call_.coverage + (b * s_.S + s + i) * bytes : nullptr;
@@ -113,6 +121,32 @@ class AdditiveForward {
                });
     }
     return good;
+  }
+
+  // A block of keys for one query, their factors made where they are used.
+  bool scores_at_once(int64_t b, int64_t s) const {
+    const float* const v = floats(places_.v);
+    const int64_t row = call_.keys.row_stride;
+    Float largest = zero();
+    with_dtype(call_.dtype, [&](auto dtype) {
+      constexpr Format d = decltype(dtype)::value;
+      const char* const first = call_.keys.at(b, s);
+      all_sums(
+          floats(places_.q), places_.stride, 1, kKeyBlock, places_.stride, score_row(0) + s,
+          places_.scores_stride,
+          [&](int64_t j, int64_t a) __attribute__((always_inline)) {
+            const auto factors = [&](int64_t at) __attribute__((always_inline)) {
+              const Float x = load_as(d, first + j * row + at * element_bytes(d));
+              largest = max(abs(x), largest);  // past a NaN, which its score will show
+              return exp_twice(x);
+            };
+            return Pair{factors(a), factors(a + kLanes)};
+          },
+          [&](Float sum, Pair own, Pair key, int64_t a) __attribute__((always_inline)) {
+            return add_weighted<false>(sum, numbers_at<Pair>(v + a), own, key);
+          });
+    });
+    return !any_not_le(largest, set1(0.5f * kLargestOfPairs));
   }
 
   void context(int64_t b, int64_t first, int64_t rows, int64_t n) {

@@ -7,7 +7,7 @@
 namespace encdec::attention {
 namespace {
 
-constexpr int64_t kPackedRows = 12;  // queries of a key head from which packing pays
+constexpr int64_t kPackedRows = 12;                 // queries of a key head from which packing pays
 constexpr int64_t kScoreBytes = int64_t{96} << 10;  // of a tile: they stay in L2
 constexpr int64_t kMostRows = 140;
 constexpr int64_t kBackwardBytes = int64_t{512} << 10;  // of a tile's weights and their gradients

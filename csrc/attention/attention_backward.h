@@ -9,6 +9,8 @@
 // Dao et al., FlashAttention, 2022 (arXiv:2205.14135), appendix B.
 #pragma once
 
+#include <algorithm>
+
 #include "attention/attention_scores.h"
 #include "attention/units.h"
 #include "core/team.h"
@@ -74,6 +76,7 @@ class AttentionBackwardRun : private Scores {
         places_(backward_places<format>(call)),
         own_(call.workspace + rank * places_.member_bytes),
         esize_(element_bytes(call.forward.dtype)),
+        past_caches_(written_past_caches(call)),
         bias_(bias_sums(call, rank)),
         keys_(own_ + places_.keys, call_.D, call_.S),
         values_(own_ + places_.values, call_.V, call_.S),
@@ -98,8 +101,10 @@ class AttentionBackwardRun : private Scores {
       }
     }
     for (int64_t s = 0; s < call_.S; ++s) {
-      put(s < n ? grad_key(s) : nullptr, call_.D, call_.scale, backward_.grad_key.at(b, g, s));
-      put(s < n ? grad_value(s) : nullptr, call_.V, 1.0f, backward_.grad_value.at(b, g, s));
+      put(s < n ? grad_key(s) : nullptr, 0, call_.D, call_.scale, past_caches_,
+          backward_.grad_key.at(b, g, s));
+      put(s < n ? grad_value(s) : nullptr, 0, call_.V, 1.0f, past_caches_,
+          backward_.grad_value.at(b, g, s));
     }
   }
 
@@ -112,6 +117,16 @@ class AttentionBackwardRun : private Scores {
   }
 
  private:
+  static bool written_past_caches(const AttentionBackward& call) {
+    const Attention& f = call.forward;
+    const auto worth = [&](const Heads& x, int64_t heads, int64_t rows, int64_t size) {
+      return worth_past_caches(f.dtype, x.data, x.batch_stride | x.head_stride | x.row_stride,
+                               f.B * heads * rows * size * element_bytes(f.dtype));
+    };
+    return worth(call.grad_query, f.H, f.Tq, f.D) && worth(call.grad_key, f.G, f.S, f.D) &&
+           worth(call.grad_value, f.G, f.S, f.V);
+  }
+
   float* floats(int64_t place, int64_t row, int64_t row_bytes) const {
     return reinterpret_cast<float*>(own_ + place + row * row_bytes);
   }
@@ -122,11 +137,16 @@ class AttentionBackwardRun : private Scores {
   float* weights(int64_t r) const { return floats(places_.weights, r, places_.scores_row); }
   float* grads(int64_t r) const { return floats(places_.grads, r, places_.scores_row); }
 
-  // A row of `size` floats times `by` into a tensor; null: zeros.
-  void put(const float* row, int64_t size, float by, char* to) const {
-    for (int64_t c = 0; c < size; c += kLanes) {
-      const Float x = row ? mul(set1(by), load(row + c)) : zero();
-      store_as(call_.dtype, to + c * esize_, x, lanes_left(c, size));
+  // Columns [first, end) of a row of floats times `by` into a row of a gradient; null: zeros.
+  void put(const float* row, int64_t first, int64_t end, float by, bool past_caches,
+           char* to) const {
+    const auto at = [&](int64_t c) { return row ? mul(set1(by), load(row + c)) : zero(); };
+    int64_t c = first;
+    for (; c + kPanel <= end; c += kPanel) {
+      store_pair_as(call_.dtype, to + c * esize_, at(c), at(c + kLanes), past_caches);
+    }
+    for (; c < end; c += kLanes) {
+      store_as(call_.dtype, to + c * esize_, at(c), lanes_left(c, end));
     }
   }
 
@@ -169,11 +189,10 @@ class AttentionBackwardRun : private Scores {
       }
     }
     key_rows_.multiply(rows, t.rows, n, [&](int64_t p, int64_t row, int count, const float* tile) {
-      const int64_t column = p * kPanel;
+      const int64_t column = p * kPanel, end = std::min(column + kPanel, call_.D);
       for (int64_t r = row; r < row + count; ++r, tile += kPanel) {
-        char* to = backward_.grad_query.at(t.b, h, first + r) + column * esize_;
-        const int64_t left = call_.D - column;
-        put(tile, left < kPanel ? left : kPanel, call_.scale, to);
+        put(tile - column, column, end, call_.scale, past_caches_,
+            backward_.grad_query.at(t.b, h, first + r));
       }
     });
     q_packed_.pack_as_rows(call_.query.at(t.b, h, first), call_.dtype, call_.query.row_stride,
@@ -249,6 +268,7 @@ class AttentionBackwardRun : private Scores {
   const BackwardPlaces places_;
   char* const own_;
   const int esize_;
+  const bool past_caches_;
   float* const bias_;
   PackedRows<format> keys_, values_, key_rows_, q_packed_, grad_packed_;
 };

@@ -3,10 +3,13 @@
 // A tile's scores for all keys stay in the member's own caches (rows * S floats), so that softmax
 // is exact, weights cost only their writing, and nothing of size (Tq, S) is held. With many queries
 // keys and values are packed once per head for the matrix product, some heads at a time; with few
-// they are read as they lie.
+// they are read as they lie, with one for several heads at a time where these lie side by side.
 #pragma once
 
+#include <algorithm>
+
 #include "attention/attention_scores.h"
+#include "attention/heads.h"
 #include "attention/units.h"
 #include "core/team.h"
 
@@ -14,6 +17,18 @@ namespace encdec::attention {
 namespace ENCDEC_ISA_NAMESPACE {
 
 constexpr int64_t kNearRow = 2048;  // bytes from a row of queries to the next, to be read in place
+
+// How many heads a unit takes with their one query, 1 for any other call.
+inline int64_t heads_of_unit(const Attention& f) {
+  const int64_t size = f.D * element_bytes(f.dtype);
+  const bool alike =
+      f.D == f.V && f.G == f.H && f.key.head_stride == size && f.value.head_stride == size;
+  int64_t heads = 1;
+  if (f.Tq == 1 && !f.packed && !f.query.starts && !f.average && alike) {
+    with_head_vectors(f.D, [&](auto vectors) { heads = heads_together(vectors); });
+  }
+  return f.H % heads == 0 ? heads : 1;
+}
 
 struct AttentionPlaces {
   int64_t head_keys, head_bytes;  // of a packed head: its values; all of it
@@ -38,7 +53,7 @@ inline AttentionPlaces attention_places(const Attention& f) {
   p.scores_row = staged_row_bytes(Format::kFloat32, keys);
   p.p_row = staged_row_bytes(format, keys);
   Layout member;
-  const int64_t rows = round_up(f.query_rows, kTileQueries);
+  const int64_t rows = round_up(std::max(f.query_rows, heads_of_unit(f)), kTileQueries);
   p.q = member.take(rows * p.q_row);
   p.scores = member.take(rows * p.scores_row);
   p.p = member.take(f.packed && kStaged<format> ? rows * p.p_row : 0);
@@ -82,6 +97,26 @@ class AttentionRun : private Scores {
     ahead_.add(call_.key, b, g, n, call_.D * esize_);
     ahead_.add(call_.value, b, g, n, call_.V * esize_);
     ahead_.add(call_.query, b, g * group, call_.queries_of(b), call_.D * esize_);
+  }
+
+  // The one query of each of a unit's heads: row h of scores is the query of head first + h.
+  void run_heads(int64_t b, int64_t first) {
+    with_head_vectors(call_.D, [&](auto vectors) {
+      constexpr int NV = decltype(vectors)::value, kHeads = heads_together(NV);
+      const int64_t n = keys_seen({b, first, 0, 1, 1}), stride = places_.scores_row / 4;
+      float* const q = reinterpret_cast<float*>(own_ + places_.q);
+      for (int h = 0; h < kHeads; ++h) {
+        float_row(call_.query.at(b, first + h, 0), call_.dtype, call_.D, q + h * call_.D);
+      }
+      head_scores<format, NV>(q, call_.D, {call_.key.at(b, first, 0), call_.key.row_stride}, n,
+                              scores(0), stride);
+      for (int h = 0; h < kHeads; ++h) {
+        finish_row({b, first + h, -h, 1, 1}, h, n, InPlace{scores(h)});
+      }
+      weigh_heads<format, NV>(scores(0), stride,
+                              {call_.value.at(b, first, 0), call_.value.row_stride}, n,
+                              [&](int h, int v, Float sum) { put(h, v * kLanes, sum, kLanes); });
+    });
   }
 
   void run(const QueryTile& t, int64_t slot) { call_.packed ? run_packed(t, slot) : run_direct(t); }
@@ -134,21 +169,21 @@ class AttentionRun : private Scores {
         }
       }
     }
-    values(slot).multiply(
-        weights, t.rows, n, [&](int64_t p, int64_t row, int count, const float* tile) {
-          const int64_t column = p * kPanel;
-          const bool whole = column + kPanel <= call_.V;
-          for (int64_t r = row; r < row + count; ++r, tile += kPanel) {
-            if (whole) {
-              put_pair(r, column, load(tile), load(tile + kLanes));
-              continue;
-            }
-            for (int v = 0; v < kVectors && column + v * kLanes < call_.V; ++v) {
-              const int64_t c = column + v * kLanes;
-              put(r, c, load(tile + v * kLanes), lanes_left(c, call_.V));
-            }
-          }
-        });
+    values(slot).multiply(weights, t.rows, n,
+                          [&](int64_t p, int64_t row, int count, const float* tile) {
+                            const int64_t column = p * kPanel;
+                            const bool whole = column + kPanel <= call_.V;
+                            for (int64_t r = row; r < row + count; ++r, tile += kPanel) {
+                              if (whole) {
+                                put_pair(r, column, load(tile), load(tile + kLanes));
+                                continue;
+                              }
+                              for (int v = 0; v < kVectors && column + v * kLanes < call_.V; ++v) {
+                                const int64_t c = column + v * kLanes;
+                                put(r, c, load(tile + v * kLanes), lanes_left(c, call_.V));
+                              }
+                            }
+                          });
   }
 
   void run_direct(const QueryTile& t) {
@@ -206,11 +241,7 @@ class AttentionRun : private Scores {
   void put_pair(int64_t r, int64_t column, Float first, Float second) const {
     const Float by = set1(inverse()[r]);
     char* const to = output()[r] + column * esize_;
-    if (past_caches_) {
-      store_pair_as<true>(call_.dtype, to, mul(first, by), mul(second, by));
-    } else {
-      store_pair_as(call_.dtype, to, mul(first, by), mul(second, by));
-    }
+    store_pair_as(call_.dtype, to, mul(first, by), mul(second, by), past_caches_);
   }
 
   // Scores become weights but for a factor, which inverse() receives; the weights are shown.
@@ -275,10 +306,18 @@ inline void run_attention(const Attention& f) {
   const int64_t tiles = (rows + f.query_rows - 1) / f.query_rows;
   const int64_t rounds = (heads + f.round_heads - 1) / f.round_heads;
   const int64_t step = f.average ? f.G : 1;  // pairs that a unit takes
+  const int64_t together = heads_of_unit(f);
   Units packing, work;
   Barrier barrier;
   auto body = [&](int rank, int size) {
     AttentionRun<format> own(f, rank);
+    if (together > 1) {
+      const int64_t units = f.H / together;
+      for (int64_t u = work.take(f.B * units); u >= 0; u = work.take(f.B * units)) {
+        own.run_heads(u / units, u % units * together);
+      }
+      return;
+    }
     if (f.apart) {  // what is packed stays in the member's own caches
       const int64_t units = heads / step, slot = rank * step;
       for (int64_t u = work.take(units), next; u >= 0; u = next) {

@@ -97,8 +97,7 @@ class PackedRows {
   int64_t panel_bytes_, panels_, k_ = 0;
 };
 
-// Rows of heads that are needed soon, asked for a part at a time during other work. They lie apart,
-// so that the hardware, which stops looking ahead at the end of a page, does not see them coming.
+// Rows of heads that are needed soon, asked for a part at a time during other work.
 class RowsAhead {
  public:
   // Forgets all rows; those that are added now are asked for in `parts` parts.
@@ -115,9 +114,7 @@ class RowsAhead {
       const Rows& x = rows_[i];
       const int64_t end = x.rows * (part_ + 1) / parts_;
       for (int64_t r = x.rows * part_ / parts_; r < end; ++r) {
-        for (int64_t at = 0; at < x.row_bytes; at += 64) {
-          __builtin_prefetch(x.first + r * x.stride + at, 0, 2);
-        }
+        ask_for_row(x.first + r * x.stride, x.row_bytes);
       }
     }
     ++part_;

@@ -16,6 +16,12 @@ using namespace encdec::ENCDEC_ISA_NAMESPACE;
 // The most queries of a tile of sums. A tile has kLanes sums: queries times keys.
 constexpr int kTileQueries = kLanes / 4;
 
+// Asks for a row that is read soon. Rows that lie apart, or end a page, the hardware does not see
+// coming.
+ENCDEC_INLINE void ask_for_row(const char* row, int64_t bytes) {
+  for (int64_t at = 0; at < bytes; at += 64) __builtin_prefetch(row + at, 0, 2);
+}
+
 // Two vectors, one behind the other.
 struct Pair {
   Float first, second;

@@ -59,10 +59,10 @@ inline void with_dtype(Format dtype, const Visit& visit) {
 // a team order them.
 ENCDEC_INLINE void store_past_caches(float* p, Float v) { istore_past_caches(p, bits(v)); }
 
-// Two vectors, one behind the other.
-template <bool past_caches = false>
-ENCDEC_INLINE void store_pair_as(Format dtype, char* p, Float first, Float second) {
-  const auto put = [](char* to, Int v) __attribute__((always_inline)) {
+// Two vectors, one behind the other, where asked for past the caches.
+ENCDEC_INLINE void store_pair_as(Format dtype, char* p, Float first, Float second,
+                                 bool past_caches = false) {
+  const auto put = [=](char* to, Int v) __attribute__((always_inline)) {
     past_caches ? istore_past_caches(to, v) : istore(to, v);
   };
   if (dtype == Format::kFloat32) {
@@ -80,8 +80,9 @@ ENCDEC_INLINE bool worth_past_caches(Format dtype, const char* first, int64_t ro
                                      int64_t bytes) {
   constexpr int64_t kLine = 64;
   const int64_t pair = 2 * kLanes * element_bytes(dtype);
-  const bool lines = (reinterpret_cast<uintptr_t>(first) | static_cast<uint64_t>(row_stride)) %
-                         kLine == 0 && pair % kLine == 0;
+  const bool lines =
+      (reinterpret_cast<uintptr_t>(first) | static_cast<uint64_t>(row_stride)) % kLine == 0 &&
+      pair % kLine == 0;
   return lines && bytes >= kPastCaches;
 }
 

@@ -242,11 +242,7 @@ class LinearRun {
         continue;
       }
       if constexpr (whole) {
-        if (past_caches) {
-          store_pair_as<true>(dtype, to, x[0], x[1]);
-        } else {
-          store_pair_as(dtype, to, x[0], x[1]);
-        }
+        store_pair_as(dtype, to, x[0], x[1], past_caches);
       } else {
         for (int v = 0; v < kVectors && lanes[v] > 0; ++v) {
           store_as(dtype, to + v * kLanes * element_bytes(dtype), x[v], lanes[v]);

@@ -27,26 +27,35 @@ std::vector<double> softmax(std::vector<double> e) {
 }
 
 void test_attention(const AttentionKernels& kernels, int64_t Tq, int64_t S, int64_t D, int64_t V,
-                    int threads) {
+                    int threads, bool side_by_side = false) {
+  const int64_t H = side_by_side ? 16 : 4, G = side_by_side ? 16 : 2;
   Attention f{};
   f.B = 2;
-  f.H = 4;
-  f.G = 2;
+  f.H = H;
+  f.G = G;
   f.Tq = Tq;
   f.S = S;
   f.D = D;
   f.V = V;
   f.dtype = Format::kFloat32;
-  std::vector<float> q = random_floats(2 * 4 * Tq * D), k = random_floats(2 * 2 * S * D),
-                     v = random_floats(2 * 2 * S * V), out(static_cast<size_t>(2 * 4 * Tq * V)),
-                     w(static_cast<size_t>(2 * 4 * Tq * S)), bias = random_floats(Tq * S);
+  std::vector<float> q = random_floats(2 * H * Tq * D), k = random_floats(2 * G * S * D),
+                     v = random_floats(2 * G * S * V), out(static_cast<size_t>(2 * H * Tq * V)),
+                     w(static_cast<size_t>(2 * H * Tq * S)), bias = random_floats(Tq * S);
   std::vector<char> mask(static_cast<size_t>(2 * S));
   for (char& m : mask) m = next() > -0.5f;
   const std::vector<int64_t> lengths{S, S / 2};
-  f.query = {chars(q), 4 * Tq * D * 4, Tq * D * 4, D * 4};
-  f.key = {chars(k), 2 * S * D * 4, S * D * 4, D * 4};
-  f.value = {chars(v), 2 * S * V * 4, S * V * 4, V * 4};
-  f.output = {chars(out), 4 * Tq * V * 4, Tq * V * 4, V * 4};
+  const auto heads = [&](auto& x, int64_t count, int64_t rows, int64_t size) -> Heads {
+    const int64_t row = side_by_side ? count * size : size,
+                  head = side_by_side ? size : rows * size;
+    return {chars(x), count * rows * size * 4, head * 4, row * 4};
+  };
+  f.query = heads(q, H, Tq, D);
+  f.key = heads(k, G, S, D);
+  f.value = heads(v, G, S, V);
+  f.output = heads(out, H, Tq, V);
+  const auto at = [](const Heads& x, int64_t b, int64_t h, int64_t row, int64_t c) {
+    return double(reinterpret_cast<const float*>(x.at(b, h, row))[c]);
+  };
   f.scale = 0.7f;
   f.causal = Tq > 3;
   f.lengths = lengths.data();
@@ -60,7 +69,7 @@ void test_attention(const AttentionKernels& kernels, int64_t Tq, int64_t S, int6
   kernels.run(f);
   double worst = 0.0;
   for (int64_t b = 0; b < 2; ++b) {
-    for (int64_t h = 0; h < 4; ++h) {
+    for (int64_t h = 0; h < H; ++h) {
       for (int64_t t = 0; t < Tq; ++t) {
         std::vector<double> e;
         std::vector<int64_t> keys;
@@ -68,8 +77,7 @@ void test_attention(const AttentionKernels& kernels, int64_t Tq, int64_t S, int6
           if (!mask[static_cast<size_t>(b * S + s)] || (f.causal && s > t)) continue;
           double dot = 0.0;
           for (int64_t d = 0; d < D; ++d) {
-            dot += double(q[static_cast<size_t>(((b * 4 + h) * Tq + t) * D + d)]) *
-                   double(k[static_cast<size_t>(((b * 2 + h / 2) * S + s) * D + d)]);
+            dot += at(f.query, b, h, t, d) * at(f.key, b, h * G / H, s, d);
           }
           e.push_back(0.7 * dot + double(bias[static_cast<size_t>(t * S + s)]));
           keys.push_back(s);
@@ -77,16 +85,14 @@ void test_attention(const AttentionKernels& kernels, int64_t Tq, int64_t S, int6
         const std::vector<double> p = softmax(e);
         double sum = 0.0;
         for (int64_t s = 0; s < S; ++s)
-          sum += double(w[static_cast<size_t>(((b * 4 + h) * Tq + t) * S + s)]);
+          sum += double(w[static_cast<size_t>(((b * H + h) * Tq + t) * S + s)]);
         CHECK_NEAR(sum, keys.empty() ? 0.0 : 1.0, 1e-5);
         for (int64_t c = 0; c < V; ++c) {
           double expected = 0.0;
           for (size_t i = 0; i < keys.size(); ++i) {
-            expected +=
-                p[i] * double(v[static_cast<size_t>(((b * 2 + h / 2) * S + keys[i]) * V + c)]);
+            expected += p[i] * at(f.value, b, h * G / H, keys[i], c);
           }
-          const double found = double(out[static_cast<size_t>(((b * 4 + h) * Tq + t) * V + c)]);
-          worst = std::max(worst, std::fabs(found - expected));
+          worst = std::max(worst, std::fabs(at(f.output, b, h, t, c) - expected));
         }
       }
     }
@@ -279,10 +285,14 @@ void run_tests() {
         test_attention(attention_kernels(isa), Tq, 70, 33, 40, threads);
         test_attention(attention_kernels(isa), Tq, 48, 32, 64, threads);
       }
+      for (const int64_t D : {8, 16, 32, 64, 128}) {
+        test_attention(attention_kernels(isa), 1, 37, D, D, threads, true);
+      }
       test_attention_backward(attention_kernels(isa), 1, 9, 7, 5, false, 0.0, threads);
       test_attention_backward(attention_kernels(isa), 6, 41, 33, 40, true, 0.3, threads);
       test_attention_backward(attention_kernels(isa), 33, 70, 16, 20, false, 0.3, threads);
       test_additive(additive_kernels(isa), 1, 9, 7, 5, threads);
+      test_additive(additive_kernels(isa), 1, 37, 64, 40, threads);
       test_additive(additive_kernels(isa), 6, 21, 33, 40, threads);
       test_additive(additive_kernels(isa), 3, 16, 16, 64, threads);
     }
