@@ -360,6 +360,19 @@ def test_a_changed_weight_is_never_stale(change: Any, weight_dtype: Any, native:
     assert torch.equal(after, fresh)
 
 
+@pytest.mark.parametrize("part", ["weight", "bias"])
+def test_parameters_that_lie_elsewhere(part: str, native: None) -> None:
+    """Pruning keeps a parameter by another name, and what is left of it as an attribute."""
+    module = nn.Linear(40, 30)
+    plain = torch.nn.Linear(40, 30)
+    plain.load_state_dict(module.state_dict())
+    for own in (module, plain):
+        torch.nn.utils.prune.l1_unstructured(own, part, amount=0.5)
+    x = torch.randn(3, 40)
+    with torch.no_grad():
+        torch.testing.assert_close(module(x), plain(x))
+
+
 def test_optimize_swaps_it() -> None:
     model = nn.Sequential(nn.Linear(5, 7), nn.ReLU(), nn.Linear(7, 3))
     x = torch.randn(4, 5)

@@ -23,7 +23,14 @@ class Linear(torch.nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:
         dtype = weight_dtype_name(self.weight_dtype, training=False)  # `run` knows of training
-        return run(input, self.weight, self.bias, weight_dtype=dtype)
+        # `self.weight` is a failed lookup and a call in Python, which small products feel.
+        # Pruning, a parametrization or a replica has it elsewhere.
+        own = self._parameters
+        if "weight" not in own or "bias" not in own:
+            return run(input, self.weight, self.bias, weight_dtype=dtype)
+        weight = own["weight"]
+        assert weight is not None  # torch's Linear always has one
+        return run(input, weight, own["bias"], weight_dtype=dtype)
 
     def _encdec_fast_describe(self, input: Tensor) -> Description:
         """What `explain` asks of a module."""

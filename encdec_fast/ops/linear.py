@@ -415,15 +415,13 @@ def run(
     others = (bias, residual, norm_weight, norm_bias)
     options = (activation, norm, norm_eps, weight_dtype, rows)
     backends, call = describe_call(input, weight, others, *options)
-    graph = call.context in GRAPHS and not autocasting(call.device)
-    if graph and not call.training and backends is BACKENDS:
-        op = torch.ops.encdec_fast.linear
-        result: Tensor = op(input, weight, *others, *options)
+    if call.context not in GRAPHS:
+        found: Tensor = select(backends, call).run(call, input, weight, *others)
+        return found
+    if backends is BACKENDS and not call.training and not autocasting(call.device):
+        result: Tensor = torch.ops.encdec_fast.linear(input, weight, *others, *options)
         return result
-    if call.context in GRAPHS:
-        return _torch(call, input, weight, *others)
-    found: Tensor = select(backends, call).run(call, input, weight, *others)
-    return found
+    return _torch(call, input, weight, *others)
 
 
 def _checked(activation: str | None, norm: str | None, weight_dtype: Any) -> tuple[str, str, str]:
