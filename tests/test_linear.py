@@ -10,6 +10,7 @@ import torch
 from helpers import assert_as_good, error, poison, two_threads
 from torch import Tensor, nn
 from torch.library import opcheck
+from torch.nn.utils import prune
 
 import encdec_fast
 from encdec_fast import BackendRefused, explain, use_backend
@@ -363,11 +364,10 @@ def test_a_changed_weight_is_never_stale(change: Any, weight_dtype: Any, native:
 @pytest.mark.parametrize("part", ["weight", "bias"])
 def test_parameters_that_lie_elsewhere(part: str, native: None) -> None:
     """Pruning keeps a parameter by another name, and what is left of it as an attribute."""
-    module = nn.Linear(40, 30)
-    plain = torch.nn.Linear(40, 30)
+    module, plain = encdec_fast.nn.Linear(40, 30), nn.Linear(40, 30)
     plain.load_state_dict(module.state_dict())
     for own in (module, plain):
-        torch.nn.utils.prune.l1_unstructured(own, part, amount=0.5)
+        prune.l1_unstructured(own, part, amount=0.5)
     x = torch.randn(3, 40)
     with torch.no_grad():
         torch.testing.assert_close(module(x), plain(x))
