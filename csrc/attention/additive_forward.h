@@ -96,13 +96,13 @@ class AdditiveForward {
     for (int64_t t = rows; t < round_up(rows, kTileQueries); ++t) {
       std::memset(q + t * stride, 0, static_cast<size_t>(stride * 4));
     }
-    const bool at_once = rows == 1 && !call_.coverage && s_.A % kPairFloats == 0;
+    const bool at_once = !direct && rows == 1 && !call_.coverage && s_.A % kPairFloats == 0;
     for (int64_t s = 0; good && s < n; s += kKeyBlock) {
       const int64_t count = n - s < kKeyBlock ? n - s : kKeyBlock;
       for (int64_t i = 0; rows == 1 && i < count; ++i) {
         ask_for_row(call_.values.at(b, s + i), s_.D * bytes);
       }
-      if (!direct && at_once && count == kKeyBlock) {
+      if (at_once && count == kKeyBlock) {
         good = scores_at_once(b, s);
         continue;
       }

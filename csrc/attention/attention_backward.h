@@ -101,10 +101,8 @@ class AttentionBackwardRun : private Scores {
       }
     }
     for (int64_t s = 0; s < call_.S; ++s) {
-      put(s < n ? grad_key(s) : nullptr, 0, call_.D, call_.scale, past_caches_,
-          backward_.grad_key.at(b, g, s));
-      put(s < n ? grad_value(s) : nullptr, 0, call_.V, 1.0f, past_caches_,
-          backward_.grad_value.at(b, g, s));
+      put(s < n ? grad_key(s) : nullptr, 0, call_.D, call_.scale, backward_.grad_key.at(b, g, s));
+      put(s < n ? grad_value(s) : nullptr, 0, call_.V, 1.0f, backward_.grad_value.at(b, g, s));
     }
   }
 
@@ -138,12 +136,11 @@ class AttentionBackwardRun : private Scores {
   float* grads(int64_t r) const { return floats(places_.grads, r, places_.scores_row); }
 
   // Columns [first, end) of a row of floats times `by` into a row of a gradient; null: zeros.
-  void put(const float* row, int64_t first, int64_t end, float by, bool past_caches,
-           char* to) const {
+  void put(const float* row, int64_t first, int64_t end, float by, char* to) const {
     const auto at = [&](int64_t c) { return row ? mul(set1(by), load(row + c)) : zero(); };
     int64_t c = first;
     for (; c + kPanel <= end; c += kPanel) {
-      store_pair_as(call_.dtype, to + c * esize_, at(c), at(c + kLanes), past_caches);
+      store_pair_as(call_.dtype, to + c * esize_, at(c), at(c + kLanes), past_caches_);
     }
     for (; c < end; c += kLanes) {
       store_as(call_.dtype, to + c * esize_, at(c), lanes_left(c, end));
@@ -191,8 +188,7 @@ class AttentionBackwardRun : private Scores {
     key_rows_.multiply(rows, t.rows, n, [&](int64_t p, int64_t row, int count, const float* tile) {
       const int64_t column = p * kPanel, end = std::min(column + kPanel, call_.D);
       for (int64_t r = row; r < row + count; ++r, tile += kPanel) {
-        put(tile - column, column, end, call_.scale, past_caches_,
-            backward_.grad_query.at(t.b, h, first + r));
+        put(tile - column, column, end, call_.scale, backward_.grad_query.at(t.b, h, first + r));
       }
     });
     q_packed_.pack_as_rows(call_.query.at(t.b, h, first), call_.dtype, call_.query.row_stride,
