@@ -26,6 +26,7 @@ from torch.library import opcheck
 
 import encdec_fast
 from encdec_fast import use_backend
+from encdec_fast.backends import library
 
 
 def check_forward(kind: str, case: Case, dtype: torch.dtype, backend: str) -> None:
@@ -285,3 +286,15 @@ def check_runs_on(kind: str, backend: str) -> None:
     with use_backend(backend):
         assert encdec_fast.explain(module, x).backend == backend
         assert encdec_fast.explain(FUNCTIONS[kind], x, None, weights, **extra).backend == backend
+
+
+def check_plan(kind: str) -> None:
+    """One long sequence has its input products made beside its steps, where there are kernels."""
+    module = OURS[kind](64, 256).eval()
+    beside = "beside the steps"
+    with use_backend("cpu"), two_threads():
+        plan = encdec_fast.explain(module, torch.randn(40, 1, 64)).plan
+        assert (beside in plan) == library.extension.chosen_isa().startswith("avx512"), plan
+        for T, B in [(40, 2), (10, 1)]:
+            plan = encdec_fast.explain(module, torch.randn(T, B, 64)).plan
+            assert "time chunks" in plan and beside not in plan

@@ -82,3 +82,7 @@ def test_function(case: Case) -> None:
 
 def test_runs_on(backend: str) -> None:
     checks.check_runs_on("gru", backend)
+
+
+def test_plan(native: None) -> None:
+    checks.check_plan("gru")

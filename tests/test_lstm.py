@@ -101,6 +101,10 @@ def test_runs_on(backend: str) -> None:
     checks.check_runs_on("lstm", backend)
 
 
+def test_plan(native: None) -> None:
+    checks.check_plan("lstm")
+
+
 @pytest.mark.parametrize("grad", [False, True])
 @pytest.mark.parametrize("name", ["plain", "everything", "lengths, everything", "packed"])
 def test_cell_states(name: str, grad: bool, backend: str) -> None:

@@ -92,3 +92,8 @@ def test_function(kind: str, case: Case) -> None:
 @KINDS
 def test_runs_on(kind: str, backend: str) -> None:
     checks.check_runs_on(kind, backend)
+
+
+@KINDS
+def test_plan(kind: str, native: None) -> None:
+    checks.check_plan(kind)

@@ -18,6 +18,17 @@ namespace ENCDEC_ISA_NAMESPACE {
 // The tallest tile whose sums, NV weights and one broadcast fit in the registers.
 constexpr int max_tile_rows(int vectors) { return (kRegisters - 1 - vectors) / vectors; }
 
+// Sums of floats are carried on for this many groups of k, then added to the result: their error
+// grows with the length of one run. int8 sums are exact.
+constexpr int64_t kSumGroups = 512;
+constexpr int64_t sum_run(Format format, int64_t left) {
+  return format == Format::kInt8 || left < kSumGroups ? left : kSumGroups;
+}
+
+// A tile of fewer sums than the multiply-add's latency takes splits k over so many of each.
+constexpr int split_sums(int sums) { return sums >= 8 ? 1 : (7 + sums) / sums; }
+constexpr int one_row_sums(int vectors) { return split_sums(vectors); }
+
 // Whether the matrix unit can take products of weights in this format.
 constexpr bool has_amx(Format format, int vectors) {
   return kIsa == Isa::kAvx512Bf16 && (format == Format::kBfloat16 || format == Format::kInt8) &&
@@ -56,6 +67,34 @@ __attribute__((visibility("default"))) void multiply_rows(int rows, const Packed
                                                           int64_t panel, RowsView x, float* out,
                                                           int64_t out_stride, bool onto = false,
                                                           Ahead ahead = {});
+
+// Two products at once. The weights of one row come from L2 or beyond, and most of what could be
+// multiplied meanwhile would not be; so a tile of kBesideRows rows, by one panel of another matrix,
+// is multiplied beside it: one of its groups of k for every kBesidePanels of the row's, whose
+// panels go as far. Sums are in the order of multiply_rows: results are the same to the last bit.
+template <int NV>
+constexpr int kBesideRows = NV == 2 ? 8 : 6;
+template <int NV>
+constexpr int kBesidePanels = one_row_sums(NV);
+
+// Whether there are registers for both, and words need not be widened (dot.h).
+template <Format format>
+constexpr bool has_beside = kRegisters == 32 && Dot<format>::kParts == 1;
+
+// `row` is one staged row, `out` its results by panels [panel, panel + kBesidePanels<NV>) of w,
+// side by side; `rows` are kBesideRows<NV> staged rows, `tile_out` their results by a panel of
+// tile_w.
+struct BesideTile {
+  const PackedView& w;
+  int64_t panel;
+  RowsView rows;
+  float* out;
+  int64_t out_stride;
+};
+template <Format format, int NV>
+__attribute__((visibility("default"))) void multiply_beside(const PackedView& w, int64_t panel,
+                                                            const char* row, float* out,
+                                                            const BesideTile& tile);
 
 // Cuts `rows` into the fewest tiles. The matrix unit is configured for a number of rows: all tiles
 // but the last have one size there. Else they differ by one row at most, for a tile of very few

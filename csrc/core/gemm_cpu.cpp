@@ -8,10 +8,6 @@ namespace encdec {
 namespace ENCDEC_ISA_NAMESPACE {
 namespace {
 
-// Sums of floats are carried on for this many groups of k, then added to the result: their error
-// grows with the length of one run.
-constexpr int64_t kSumGroups = 512;
-
 // Groups of k for which rows are widened at a time, where they must be (dot.h): 512 bytes a row.
 constexpr int64_t kWideGroups = 64;
 static_assert(kSumGroups % kWideGroups == 0 && kWideGroups % kLanes == 0);
@@ -33,7 +29,7 @@ template <Format format, int MR, int NV, bool ahead>
 __attribute__((noinline)) void multiply_tile(const PackedView& w, int64_t panel, RowsView x,
                                              float* out, int64_t out_stride, bool onto) {
   using D = Dot<format>;
-  constexpr int kSplit = MR * NV >= 8 ? 1 : (7 + MR * NV) / (MR * NV);
+  constexpr int kSplit = split_sums(MR * NV);
   constexpr int kStep = NV * kLanes * weight_group_bytes(format);
   const char* p = w.data + panel * w.panel_bytes;
   // Four rows share a base pointer: the offsets 1, 2 and 3 strides need two registers.
@@ -44,8 +40,7 @@ __attribute__((noinline)) void multiply_tile(const PackedView& w, int64_t panel,
   alignas(64) char wide[D::kParts == 1 ? 64 : MR * 2 * kWideGroups * 4];
 
   for (int64_t done = 0; done < w.groups || done == 0;) {
-    const int64_t left = w.groups - done;
-    const int64_t groups = format == Format::kInt8 || left < kSumGroups ? left : kSumGroups;
+    const int64_t groups = sum_run(format, w.groups - done);
     typename D::Acc acc[kSplit][MR][NV];
 #pragma GCC unroll 8
     for (int s = 0; s < kSplit; ++s) {
@@ -156,8 +151,7 @@ __attribute__((noinline)) void multiply_on_amx(int rows, const PackedView& w, in
     p.ahead_end = static_cast<int>(kLines * (ahead.tile + 1) / ahead.tiles);
   }
   for (int64_t done = 0; done < w.groups || done == 0; done += p.groups) {
-    const int64_t left = w.groups - done;
-    p.groups = int8 || left < kSumGroups ? left : kSumGroups;
+    p.groups = sum_run(format, w.groups - done);
     const bool direct = !int8 && done == 0 && !onto;
     p.out = reinterpret_cast<char*>(direct ? out : sums);
     p.out_stride = (direct ? out_stride : NV * kLanes) * 4;

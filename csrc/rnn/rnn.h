@@ -82,6 +82,7 @@ struct Forward {
   Direction direction[2];
   int threads = 1;
   int64_t chunk_rows = 0;  // rows of input products held at a time
+  int beside_rows = 0;     // rows whose input products are made beside steps: rows_beside, or 0
   char* workspace = nullptr;
 };
 
@@ -149,6 +150,9 @@ struct PackedHeader {
 struct Kernels {
   int64_t (*packed_bytes)(const Shape&, Format format);
   void (*pack)(const Shape&, const Weights&, Format format, int threads, char* packed);
+  // The rows whose input products can be made beside the steps of a single sequence, by `members`
+  // of a team; 0 where there is no such kernel, or too little for it to do.
+  int (*rows_beside)(const Shape&, Format format, int members);
   int64_t (*forward_workspace)(const Forward&);
   void (*forward)(const Forward&);
   int64_t (*backward_workspace)(const Backward&);

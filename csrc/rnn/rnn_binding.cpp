@@ -262,6 +262,7 @@ std::vector<Tensor> rnn_forward(int64_t cell_number, Tensor input, std::vector<T
                               static_cast<int>(torch::stable::get_num_threads()));
   f.threads = plan.threads;
   f.chunk_rows = plan.chunk_rows;
+  f.beside_rows = plan.beside_rows;
   const int64_t block = pack_here ? round_up(chosen().packed_bytes(f.shape, f.format), 64) : 0;
   const Workspace workspace(D * block + chosen().forward_workspace(f));
   f.workspace = workspace.data() + D * block;

@@ -54,6 +54,23 @@ struct Pack {
   }
 };
 
+struct RowsBeside {
+  const Shape& s;
+  int members;
+  template <Cell cell, Format format>
+  int operator()() const {
+    using Bl = Blocking<cell>;
+    constexpr int kRows = kBesideRows<Bl::kVectors>;
+    // The matrix unit makes input products in no time.
+    if (!has_beside<format> || (has_amx(format, Bl::kVectors) && amx_chosen)) return 0;
+    // W_ih is read anew for each chunk: a cache must hold it beside W_hh.
+    const int64_t bytes = layout<cell>(s, format).bytes;
+    if (bytes > static_cast<int64_t>(cache_sizes().l3) / 4 * 3) return 0;
+    const bool enough = Bl::blocks(s.H) * Bl::kPanels / members >= kBesidePanels<Bl::kVectors>;
+    return s.B == 1 && s.T >= 2 * kRows && enough ? kRows : 0;
+  }
+};
+
 struct ForwardWorkspace {
   const Forward& f;
   template <Cell cell, Format format>
@@ -113,6 +130,9 @@ const Kernels kKernels = {
     [](const Shape& s, Format format) { return with_cell(s.cell, format, PackedBytes{s}); },
     [](const Shape& s, const Weights& w, Format format, int threads, char* packed) {
       with_cell(s.cell, format, Pack{s, w, threads, packed});
+    },
+    [](const Shape& s, Format format, int members) {
+      return with_cell(s.cell, format, RowsBeside{s, members});
     },
     [](const Forward& f) { return with_cell(f.shape.cell, f.format, ForwardWorkspace{f}); },
     [](const Forward& f) { with_cell(f.shape.cell, f.format, RunForward{f}); },

@@ -5,72 +5,19 @@
 // times the state of the step before, gates, next state, barrier. A member owns the same blocks
 // throughout, so its share of W_hh stays in its caches, and input products are never shared between
 // members.
+//
+// One sequence alone is another matter: reading W_hh from L2 and beyond takes all of a step's time,
+// and the multiply-add units wait. Then the input products of the next few rows are multiplied
+// beside the steps of these (core/gemm.h, multiply_beside), a panel at a time.
 #pragma once
 
-#include "core/math.h"
-#include "rnn/rnn_weights.h"
+#include "rnn/rnn_forward_cells.h"
 
 namespace encdec::rnn {
 namespace ENCDEC_ISA_NAMESPACE {
 
-// Rows staged at a time for the input product: they are read once per block, from L2.
-constexpr int64_t kStageBytes = 192 * 1024;
-
-// Saved gates of a call from this size on are written past the caches.
-constexpr int64_t kStreamedGates = 8 << 20;
-
 // States up to this size are prefetched as a whole.
 constexpr int64_t kFetchedState = 16 * 1024;
-
-// The form in which members hand states to each other. int8 states travel as floats: their scale is
-// searched for anew in each row and step, which is what keeps small states exact, and NaN in its
-// row.
-template <Format format>
-constexpr Format kExchanged = format == Format::kInt8 ? Format::kFloat32 : format;
-
-// The buffers of one direction, as offsets into its workspace.
-struct ForwardPlaces {
-  int64_t state;   // float [blocks][B][units]: c of an LSTM, h of a GRU
-  int64_t h[2];    // staged rows [B] of the state before and after a step
-  int64_t m;       // staged rows [B]: the cell's output before the projection
-  int64_t member;  // per member: staged input rows, their scales, staged states, their scales
-  int64_t member_bytes, member_scale, member_h, member_h_scale;
-  int64_t gates;  // float [blocks][chunk rows][width]: input products
-  int64_t bytes;
-  int64_t stage_rows;
-};
-
-template <Cell cell, Format format>
-inline ForwardPlaces forward_places(const Forward& f) {
-  using Bl = Blocking<cell>;
-  const Shape& s = f.shape;
-  const int64_t blocks = Bl::blocks(s.H), B = s.B;
-  const bool int8 = format == Format::kInt8;
-  ForwardPlaces p{};
-  int64_t at = 0;
-  const auto take = [&](int64_t bytes) {
-    const int64_t here = at;
-    at += round_up(bytes, 64);
-    return here;
-  };
-  p.state = take(cell == Cell::kLstm || cell == Cell::kGru ? blocks * B * Bl::kUnits * 4 : 0);
-  for (int i = 0; i < 2; ++i) p.h[i] = take(B * staged_row_bytes(kExchanged<format>, s.P));
-  p.m = take(s.projected ? B * staged_row_bytes(kExchanged<format>, s.H) : 0);
-  const int64_t row = staged_row_bytes(format, s.I);
-  p.stage_rows = kStageBytes / row;
-  if (p.stage_rows < 16) p.stage_rows = 16;
-  if (p.stage_rows > f.chunk_rows) p.stage_rows = f.chunk_rows;
-  p.member = at;
-  p.member_scale = round_up(p.stage_rows * row, 64);
-  p.member_h = p.member_scale + round_up(p.stage_rows * 4, 64);
-  const int64_t widest = s.projected && s.H > s.P ? s.H : s.P;
-  p.member_h_scale = p.member_h + (int8 ? B * staged_row_bytes(format, widest) : 0);
-  p.member_bytes = p.member_h_scale + round_up(B * 4, 64);
-  take(p.member_bytes * f.threads);
-  p.gates = take(blocks * f.chunk_rows * Bl::kWidth * kLanes * 4);
-  p.bytes = at;
-  return p;
-}
 
 // What else enters a step beside its input and the state, made from the state of the step before.
 struct NoFeed {
@@ -78,35 +25,23 @@ struct NoFeed {
 };
 
 template <Cell cell, Format format, class Feed = NoFeed>
-class ForwardRun {
-  using Bl = Blocking<cell>;
-  static constexpr int NV = Bl::kVectors;
+class ForwardRun : ForwardCells<cell, format> {
+  using Base = ForwardCells<cell, format>;
+  using Base::call_, Base::s_, Base::q_, Base::dir_, Base::rank_, Base::members_, Base::header_;
+  using Base::ih_, Base::hh_, Base::places_, Base::first_, Base::last_;
+  using Base::NV, Base::kRowFloats, Base::kExchange;
+  using Base::part, Base::member, Base::gates, Base::h_row, Base::m_row, Base::row_scale;
+  using Base::prepare, Base::cell_update, Base::put_state, Base::prefetch_results, Base::finish;
+  using typename Base::Bl;
   static constexpr int kTileRoom = tile_room(format, NV);
-  static constexpr int kRowFloats = Bl::kWidth * kLanes;
-  static constexpr Format kExchange = kExchanged<format>;
-  static constexpr bool kLstmCell = cell == Cell::kLstm;
-  static constexpr bool kGruCell = cell == Cell::kGru;
 
  public:
   ForwardRun(const Forward& call, const Direction& dir, char* workspace, Barrier& barrier, int rank,
              int members, Feed* feed = nullptr)
-      : feed_(feed),
-        call_(call),
-        s_(call.shape),
-        q_(call.sequences),
-        dir_(dir),
+      : Base(call, dir, workspace, rank, members),
+        feed_(feed),
         barrier_(barrier),
-        rank_(rank),
-        members_(members),
-        header_(*reinterpret_cast<const PackedHeader*>(dir.packed)),
-        ih_(view(dir.packed, header_.ih, format, s_.I, NV)),
-        hh_(view(dir.packed, header_.hh, format, s_.P, NV)),
-        places_(forward_places<cell, format>(call)),
-        work_(workspace),
-        first_(part(Bl::blocks(s_.H), rank)),
-        last_(part(Bl::blocks(s_.H), rank + 1)),
-        esize_(element_bytes(call.dtype)),
-        stream_gates_(can_stream_gates()) {}
+        beside_(call.beside_rows > 0) {}
 
   void run() {
     prepare();
@@ -114,48 +49,66 @@ class ForwardRun {
     barrier_.wait(members_);
     int now = 0;
     bool started = false;
-    int64_t done = 0;
-    while (done < q_.T) {
-      // The chunk [begin, end) of steps, next in the direction of time.
-      int64_t begin = dir_.reverse ? q_.T - done : done, end = begin, rows = 0;
-      while (dir_.reverse ? begin > 0 : end < q_.T) {
-        const int64_t more = q_.active(dir_.reverse ? begin - 1 : end);
-        if (rows > 0 && rows + more > call_.chunk_rows) break;
-        rows += more;
-        dir_.reverse ? --begin : ++end;
-      }
-      input_products(begin, end);
-      for (int64_t i = 0; i < end - begin; ++i) {
-        const int64_t t = dir_.reverse ? end - 1 - i : begin + i;
-        step(t, q_.row_start(t) - q_.row_start(begin), now, !started && !dir_.h0);
+    Chunk chunk = chunk_after({first_step(), first_step(), 0});
+    input_products(chunk);
+    while (chunk.begin < chunk.end) {
+      const Chunk next = chunk_after(chunk);
+      if (beside_) begin_ahead(next);
+      for (int64_t i = 0; i < chunk.end - chunk.begin; ++i) {
+        const int64_t t = dir_.reverse ? chunk.end - 1 - i : chunk.begin + i;
+        const int64_t gate_row = chunk.gate_row + q_.row_start(t) - q_.row_start(chunk.begin);
+        const bool h_is_zero = !started && !dir_.h0;
+        if (beside_ && !h_is_zero) {
+          step_beside(t, gate_row, now);
+        } else {
+          step(t, gate_row, now, h_is_zero);
+        }
+        end_step(t, now ^ 1);
         started = true;
         now ^= 1;
       }
-      done += end - begin;
+      if (beside_) {
+        while (ahead_.panel < last_ * Bl::kPanels) multiply_ahead();
+      } else {
+        input_products(next);
+      }
+      chunk = next;
     }
     finish();
   }
 
  private:
-  // Gates that will have left the caches before backward comes need not pass through them.
-  bool can_stream_gates() const {
-    const int64_t bytes = q_.rows() * 4 * s_.H * esize_;
-    return dir_.gates && call_.dtype == Format::kFloat32 && bytes >= kStreamedGates &&
-           s_.H % kLanes == 0 && reinterpret_cast<uintptr_t>(dir_.gates) % 64 == 0;
+  // Steps [begin, end), and where their rows' input products begin in gates().
+  struct Chunk {
+    int64_t begin, end, gate_row;
+  };
+  int64_t first_step() const { return dir_.reverse ? q_.T : 0; }
+
+  // Steps whose input products are made before them, beside nothing: what whole chunks leave over,
+  // and never so few that a row's sums would be split (gemm_cpu.cpp).
+  int64_t first_beside() const {
+    constexpr int64_t kRows = kBesideRows<NV>, kLeast = kRows / 2;
+    static_assert(split_sums(kLeast * NV) == 1);
+    const int64_t over = q_.T % kRows;
+    return over == 0 ? kRows : over < kLeast ? over + kLeast : over;
   }
-  int64_t part(int64_t n, int i) const { return n * i / members_; }
-  char* member() const { return work_ + places_.member + rank_ * places_.member_bytes; }
-  float* state(int64_t block, int64_t row) const {
-    return reinterpret_cast<float*>(work_ + places_.state) + (block * s_.B + row) * Bl::kUnits;
+
+  // The chunk behind this one in the direction of time; empty behind the last.
+  Chunk chunk_after(const Chunk& chunk) const {
+    const int64_t at = dir_.reverse ? chunk.begin : chunk.end;
+    const int64_t most = !beside_             ? call_.chunk_rows
+                         : at == first_step() ? first_beside()
+                                              : kBesideRows<NV>;
+    Chunk next{at, at, beside_ && chunk.gate_row == 0 ? kBesideRows<NV> : 0};
+    int64_t rows = 0;
+    while (dir_.reverse ? next.begin > 0 : next.end < q_.T) {
+      const int64_t more = q_.active(dir_.reverse ? next.begin - 1 : next.end);
+      if (rows > 0 && rows + more > most) break;
+      rows += more;
+      dir_.reverse ? --next.begin : ++next.end;
+    }
+    return next;
   }
-  float* gates(int64_t block, int64_t row) const {
-    return reinterpret_cast<float*>(work_ + places_.gates) +
-           (block * call_.chunk_rows + row) * kRowFloats;
-  }
-  char* h_row(int i, int64_t r) const {
-    return work_ + places_.h[i] + r * staged_row_bytes(kExchange, s_.P);
-  }
-  char* m_row(int64_t r) const { return work_ + places_.m + r * staged_row_bytes(kExchange, s_.H); }
 
   // `n` exchanged rows of k numbers as the product reads them: as they are, or for int8 in this
   // member's own copy, with each row's scale.
@@ -173,74 +126,63 @@ class ForwardRun {
       return {own, stride};
     }
   }
-  float* row_scale() const { return reinterpret_cast<float*>(member() + places_.member_h_scale); }
 
-  // The initial state into the buffers. With unequal lengths and reversed time rows join later, at
-  // either buffer's turn, so both start with it.
-  void prepare() {
-    for (int64_t r = part(s_.B, rank_); r < part(s_.B, rank_ + 1); ++r) {
-      const char* h0 = dir_.h0 ? dir_.h0 + q_.position(r) * s_.P * esize_ : nullptr;
-      for (int i = 0; i < 2; ++i) {
-        put_row(h0, s_.P, h_row(i, r));
-        if (!(dir_.reverse && q_.sizes)) break;
-      }
+  char* staged_input() const { return member(); }
+  float* input_scale() const { return reinterpret_cast<float*>(member() + places_.member_scale); }
+
+  // Stages rows of the input from row r of step t on, up to step `end` or as many as there is room
+  // for, and moves t and r behind them.
+  int64_t stage_input(int64_t& t, int64_t& r, int64_t end) {
+    const int64_t stride = staged_row_bytes(format, s_.I);
+    int64_t n = 0;
+    for (; n < places_.stage_rows && t < end; ++n) {
+      input_scale()[n] = stage_row<format>(call_.input.at(q_, t, r), call_.dtype, s_.I,
+                                           staged_input() + n * stride);
+      if (++r == q_.active(t)) ++t, r = 0;
     }
-    if constexpr (kLstmCell || kGruCell) {
-      const char* first = kLstmCell ? dir_.c0 : dir_.h0;
-      for (int64_t b = first_; b < last_; ++b) {
-        const int n = lanes_left(b * Bl::kUnits, s_.H);
-        for (int64_t r = 0; r < s_.B; ++r) {
-          const int64_t at = q_.position(r) * s_.H + b * Bl::kUnits;
-          store(state(b, r), first ? load_as(call_.dtype, first + at * esize_, n) : zero());
+    return n;
+  }
+
+  // Makes of a tile's products, by one panel of W_ih, what gates() holds: staged row `row` is their
+  // first.
+  void add_bias(int64_t panel, int64_t row, int rows, float* out) const {
+    const float* const bias = reinterpret_cast<const float*>(dir_.packed + header_.input_bias);
+    for (int v = 0; v < NV; ++v) {
+      const int64_t vector = panel * NV + v;
+      const Float add_bias = load(bias + vector * kLanes);
+      for (int j = 0; j < rows; ++j) {
+        float* const at = out + j * kRowFloats + v * kLanes;
+        Float product = load(at);
+        if constexpr (format == Format::kInt8) {
+          const Float column = load(ih_.scale + vector * kLanes);
+          product = mul(product, mul(column, set1(input_scale()[row + j])));
         }
+        store(at, add(product, add_bias));
       }
     }
   }
 
-  // A row of the initial state (null: zeros) in its exchanged form.
-  void put_row(const char* src, int64_t k, char* dst) {
-    for (int64_t i = 0; i < k; i += kLanes) {
-      const Float v = src ? load_as(call_.dtype, src + i * esize_, lanes_left(i, k)) : zero();
-      stage_vector<kExchange>(staged_at<kExchange>(dst, i), v);
-    }
+  // Where gates() holds a row's input products by one panel.
+  float* panel_gates(int64_t panel, int64_t row) const {
+    return gates(panel / Bl::kPanels, row) + panel % Bl::kPanels * NV * kLanes;
   }
 
   // gates(block, row) = x W_ih' + bias for the chunk's rows and this member's blocks.
-  void input_products(int64_t begin, int64_t end) {
-    char* staged = member();
-    float* scale = reinterpret_cast<float*>(member() + places_.member_scale);
+  void input_products(const Chunk& chunk) {
     const int64_t stride = staged_row_bytes(format, s_.I);
-    const float* bias = reinterpret_cast<const float*>(dir_.packed + header_.input_bias);
-    int64_t t = begin, r = 0, done = 0;
-    while (t < end) {
-      int64_t n = 0;
-      for (; n < places_.stage_rows && t < end; ++n) {
-        scale[n] =
-            stage_row<format>(call_.input.at(q_, t, r), call_.dtype, s_.I, staged + n * stride);
-        if (++r == q_.active(t)) ++t, r = 0;
-      }
+    int64_t t = chunk.begin, r = 0, done = chunk.gate_row;
+    while (t < chunk.end) {
+      const int64_t n = stage_input(t, r, chunk.end);
       const RowTiles tiles(n, tile_rows(format, NV));
       for (int64_t b = first_; b < last_; ++b) {
-        const float* add_bias = bias + b * kRowFloats;
         for (int64_t i = 0; i < tiles.count; ++i) {
           const int64_t row = tiles.begin(i);
           const int rows = static_cast<int>(tiles.begin(i + 1) - row);
-          float* out = gates(b, done + row);
-          for (int p = 0; p < Bl::kPanels; ++p) {
-            multiply_rows<format, NV>(rows, ih_, b * Bl::kPanels + p,
-                                      {staged + row * stride, stride}, out + p * NV * kLanes,
-                                      kRowFloats);
-          }
-          for (int j = 0; j < rows; ++j) {
-            for (int v = 0; v < Bl::kWidth; ++v) {
-              float* at = out + j * kRowFloats + v * kLanes;
-              Float product = load(at);
-              if constexpr (format == Format::kInt8) {
-                const Float column = load(ih_.scale + b * kRowFloats + v * kLanes);
-                product = mul(product, mul(column, set1(scale[row + j])));
-              }
-              store(at, add(product, load(add_bias + v * kLanes)));
-            }
+          for (int64_t panel = b * Bl::kPanels; panel < (b + 1) * Bl::kPanels; ++panel) {
+            float* const out = panel_gates(panel, done + row);
+            multiply_rows<format, NV>(rows, ih_, panel, {staged_input() + row * stride, stride},
+                                      out, kRowFloats);
+            add_bias(panel, row, rows, out);
           }
         }
       }
@@ -248,16 +190,78 @@ class ForwardRun {
     }
   }
 
+  // The input products that are made beside steps: of these rows, from this panel on.
+  struct Ahead {
+    int64_t gate_row, rows, panel;
+  };
+
+  void begin_ahead(const Chunk& next) {
+    int64_t t = next.begin, r = 0;
+    ahead_ = {next.gate_row, stage_input(t, r, next.end), first_ * Bl::kPanels};
+    if (ahead_.rows == 0) ahead_.panel = last_ * Bl::kPanels;
+  }
+
+  // The next panel of these products: with `products`, beside those of state h by kBesidePanels
+  // panels of W_hh from `panel` on.
+  void multiply_ahead(int64_t panel = 0, const char* h = nullptr, float* products = nullptr) {
+    // A last chunk has fewer rows: what stands behind them is multiplied too, and nobody reads it.
+    const int64_t stride = staged_row_bytes(format, s_.I);
+    float* const out = panel_gates(ahead_.panel, ahead_.gate_row);
+    const RowsView rows{staged_input(), stride};
+    if (products) {
+      multiply_beside<format, NV>(hh_, panel, h, products,
+                                  {ih_, ahead_.panel, rows, out, kRowFloats});
+    } else {
+      multiply_rows<format, NV>(kBesideRows<NV>, ih_, ahead_.panel, rows, out, kRowFloats);
+    }
+    add_bias(ahead_.panel, 0, static_cast<int>(ahead_.rows), out);
+    ++ahead_.panel;
+  }
+
+  // The state of `n` rows as the product reads it. Part of a small one was just written by other
+  // cores: all of it is asked for at once.
+  RowsView fetched_state(int now, int64_t n) {
+    const char* const h = h_row(now, 0);
+    const int64_t bytes = n * staged_row_bytes(kExchange, s_.P);
+    if (bytes <= kFetchedState) {
+      for (int64_t at = 0; at < bytes; at += 64) _mm_prefetch(h + at, _MM_HINT_T0);
+    }
+    return staged_states(h, n, s_.P);
+  }
+
+  // step() of one sequence: some blocks at a time, with a panel of the input products ahead.
+  void step_beside(int64_t t, int64_t gate_row, int now) {
+    constexpr int kBlocks = kBesidePanels<NV> / Bl::kPanels;
+    const RowsView h = fetched_state(now, 1);
+    alignas(64) float products[kBlocks * kRowFloats];
+    const int64_t groups = (last_ - first_ + kBlocks - 1) / kBlocks;
+    for (int64_t i = 0; i < groups; ++i) {
+      const int64_t begin = first_ + (now ? groups - 1 - i : i) * kBlocks;
+      const int64_t end = begin + kBlocks < last_ ? begin + kBlocks : last_;
+      for (int64_t b = begin; b < end; ++b) {
+        for (int v = 0; v < Bl::kWidth; ++v) {
+          _mm_prefetch(gates(b, gate_row) + v * kLanes, _MM_HINT_T0);
+        }
+        if (dir_.gates) prefetch_results(b, t, 0, 1);
+      }
+      if (end - begin == kBlocks && ahead_.panel < last_ * Bl::kPanels) {
+        multiply_ahead(begin * Bl::kPanels, h.data, products);
+      } else {
+        for (int64_t p = 0; p < (end - begin) * Bl::kPanels; ++p) {
+          multiply_rows<format, NV>(1, hh_, begin * Bl::kPanels + p, h, products + p * NV * kLanes,
+                                    kRowFloats);
+        }
+      }
+      for (int64_t b = begin; b < end; ++b) {
+        cell_update(b, t, 0, gates(b, gate_row), products + (b - begin) * kRowFloats, now ^ 1);
+      }
+    }
+  }
+
   // One step: state `now` to state `now ^ 1`. `gate_row` is the step's first row of input products.
   void step(int64_t t, int64_t gate_row, int now, bool h_is_zero) {
     const int64_t n = q_.active(t);
-    const char* h_now = h_row(now, 0);
-    // Part of a small state was just written by other cores: ask for all of it at once.
-    const int64_t state_bytes = n * staged_row_bytes(kExchange, s_.P);
-    if (!h_is_zero && state_bytes <= kFetchedState) {
-      for (int64_t at = 0; at < state_bytes; at += 64) _mm_prefetch(h_now + at, _MM_HINT_T0);
-    }
-    const RowsView h = h_is_zero ? RowsView{h_now, 0} : staged_states(h_now, n, s_.P);
+    const RowsView h = h_is_zero ? RowsView{h_row(now, 0), 0} : fetched_state(now, n);
     alignas(64) float products[kTileRoom * kRowFloats];
     if (h_is_zero) {
       std::memset(products, 0, sizeof(products));
@@ -285,111 +289,16 @@ class ForwardRun {
         }
       }
     }
+  }
+
+  // What follows once every member has its part of a step's state.
+  void end_step(int64_t t, int next) {
     barrier_.wait(members_);
-    if (s_.projected) project(t, n, now ^ 1);
+    if (s_.projected) project(t, q_.active(t), next);
     if constexpr (Feed::kActive) {
-      feed_->after_step(t, {h_row(now ^ 1, 0), staged_row_bytes(kExchange, s_.P)});
+      feed_->after_step(t, {h_row(next, 0), staged_row_bytes(kExchange, s_.P)});
       barrier_.wait(members_);
     }
-  }
-
-  // The lines that cell_update will fill in training: fetched while the products are computed, they
-  // are there when the stores come.
-  void prefetch_results(int64_t b, int64_t t, int64_t row, int rows) const {
-    const int64_t unit = b * Bl::kUnits * esize_;
-    for (int64_t r = row; r < row + rows; ++r) {
-      const char* gates = dir_.gates + (q_.row_start(t) + r) * 4 * s_.H * esize_ + unit;
-      for (int i = 0; i < 4 && !stream_gates_; ++i) {
-        __builtin_prefetch(gates + i * s_.H * esize_, 1);
-      }
-      __builtin_prefetch(dir_.output.at(q_, t, r) + unit, 1);
-      if (dir_.cells.data) __builtin_prefetch(dir_.cells.at(q_, t, r) + unit, 1);
-    }
-  }
-
-  Float recurrent(const float* products, int64_t block, int64_t row, int v) const {
-    Float x = load(products + v * kLanes);
-    if constexpr (format == Format::kInt8) {
-      const Float column = load(hh_.scale + block * kRowFloats + v * kLanes);
-      x = mul(x, mul(column, set1(row_scale()[row])));
-    }
-    return x;
-  }
-
-  // The gates of one row and block, from x's and h's products.
-  ENCDEC_INLINE void cell_update(int64_t b, int64_t t, int64_t r, const float* gx, const float* gh,
-                                 int next) {
-    const int64_t unit = b * Bl::kUnits;
-    const auto pre = [&](int v) __attribute__((always_inline)) {
-      return add(load(gx + v * kLanes), recurrent(gh, b, r, v));
-    };
-    if constexpr (kLstmCell) {
-      const int n = lanes_left(unit, s_.H);
-      const Float f = sigmoid(pre(1)), before = load(state(b, r));
-      Float c, h;
-      if (dir_.gates) {
-        const Float i = sigmoid(pre(0)), g = tanh(pre(2)), o = sigmoid(pre(3));
-        c = fma(f, before, mul(i, g));
-        h = mul(o, tanh(c));
-        save_gates(t, r, unit, n, i, f, g, o);
-      } else {  // nobody asks for the gates: two divisions less
-        c = fma(f, before, sigmoid_tanh(pre(0), pre(2)));
-        h = sigmoid_tanh(pre(3), c);
-      }
-      store(state(b, r), c);
-      if (dir_.cells.data) store_as(call_.dtype, dir_.cells.at(q_, t, r) + unit * esize_, c, n);
-      put_output(t, r, unit, n, h, next);
-    } else if constexpr (kGruCell) {
-      const int n = lanes_left(unit, s_.H);
-      const float* bias = reinterpret_cast<const float*>(dir_.packed + header_.recurrent_bias);
-      const Float reset = sigmoid(pre(0)), update = sigmoid(pre(1));
-      const Float inner = add(recurrent(gh, b, r, 2), load(bias + unit));
-      const Float fresh = tanh(fma(reset, inner, load(gx + 2 * kLanes)));
-      const Float h = fma(update, sub(load(state(b, r)), fresh), fresh);
-      store(state(b, r), h);
-      if (dir_.gates) save_gates(t, r, unit, n, reset, update, fresh, inner);
-      put_output(t, r, unit, n, h, next);
-    } else {
-      for (int v = 0; v < Bl::kUnitVectors && unit + v * kLanes < s_.H; ++v) {
-        const Float x = pre(v);
-        // max with the variable second keeps NaN
-        const Float h = cell == Cell::kTanh ? tanh(x) : max(zero(), x);
-        put_output(t, r, unit + v * kLanes, lanes_left(unit + v * kLanes, s_.H), h, next);
-      }
-    }
-  }
-
-  void save_gates(int64_t t, int64_t r, int64_t unit, int n, Float a, Float b, Float c, Float d) {
-    char* p = dir_.gates + ((q_.row_start(t) + r) * 4 * s_.H + unit) * esize_;
-    const auto put = [&](int64_t gate, Float x) __attribute__((always_inline)) {
-      char* to = p + gate * s_.H * esize_;
-      if (stream_gates_) {
-        store_past_caches(reinterpret_cast<float*>(to), x);
-      } else {
-        store_as(call_.dtype, to, x, n);
-      }
-    };
-    put(0, a);
-    put(1, b);
-    put(2, c);
-    put(3, d);
-  }
-
-  // The cell's output: to the projection, or to the caller and the next step.
-  void put_output(int64_t t, int64_t r, int64_t unit, int n, Float h, int next) {
-    if (s_.projected) {
-      stage_vector<kExchange>(staged_at<kExchange>(m_row(r), unit), first_lanes(h, n));
-    } else {
-      put_state(t, r, unit, n, h, next);
-    }
-  }
-
-  void put_state(int64_t t, int64_t r, int64_t unit, int n, Float h, int next) {
-    store_as(call_.dtype, dir_.output.at(q_, t, r) + unit * esize_, h, n);
-    // What the next step reads is what the caller sees, and zeros behind the last unit: an infinite
-    // input makes those NaN, and they may share a word with the last one.
-    const Float seen = format == Format::kFloat16 ? rounded_to(call_.dtype, h) : h;
-    stage_vector<kExchange>(staged_at<kExchange>(h_row(next, r), unit), first_lanes(seen, n));
   }
 
   // h = W_hr m for this member's share of the projection's columns.
@@ -420,39 +329,10 @@ class ForwardRun {
     barrier_.wait(members_);
   }
 
-  // Final states: h from the output at each row's last step, c from its own buffer.
-  void finish() {
-    for (int64_t r = part(s_.B, rank_); r < part(s_.B, rank_ + 1); ++r) {
-      int64_t t = dir_.reverse ? 0 : q_.T - 1;
-      while (t > 0 && q_.active(t) <= r) --t;
-      std::memcpy(dir_.h_n + q_.position(r) * s_.P * esize_, dir_.output.at(q_, t, r),
-                  static_cast<size_t>(s_.P * esize_));
-    }
-    if constexpr (kLstmCell) {
-      for (int64_t b = first_; b < last_; ++b) {
-        const int n = lanes_left(b * Bl::kUnits, s_.H);
-        for (int64_t r = 0; r < s_.B; ++r) {
-          const int64_t at = q_.position(r) * s_.H + b * Bl::kUnits;
-          store_as(call_.dtype, dir_.c_n + at * esize_, load(state(b, r)), n);
-        }
-      }
-    }
-  }
-
   Feed* const feed_;
-  const Forward& call_;
-  const Shape& s_;
-  const Sequences& q_;
-  const Direction& dir_;
   Barrier& barrier_;
-  const int rank_, members_;
-  const PackedHeader& header_;
-  const PackedView ih_, hh_;
-  const ForwardPlaces places_;
-  char* const work_;
-  const int64_t first_, last_;  // own blocks
-  const int esize_;
-  const bool stream_gates_;
+  const bool beside_;
+  Ahead ahead_{};
 };
 
 template <Cell cell, Format format>

@@ -48,6 +48,9 @@ Plan make_plan(const Shape& s, int64_t rows, int directions, Format format, int 
   const int64_t side_by_side = directions == 2 && p.threads > 1 ? 2 : 1;
   p.chunk_rows = std::max(kGateBytes / (row_bytes * side_by_side), kLeastChunkRows);
   p.chunk_rows = std::min(std::max(p.chunk_rows, s.B), std::max<int64_t>(rows, 1));
+  const int members = directions == 2 && p.threads > 1 ? p.threads / 2 : p.threads;
+  p.beside_rows = kernels(chosen_isa()).rows_beside(s, format, members);
+  if (p.beside_rows > 0) p.chunk_rows = 2 * p.beside_rows;  // those of these steps and of the next
   return p;
 }
 
@@ -67,6 +70,9 @@ std::string describe(const Plan& p, const Shape& s, int directions) {
   std::string text = std::to_string(p.threads) + (p.threads == 1 ? " thread" : " threads");
   if (p.threads > 1 && directions == 2) text += ", directions side by side";
   if (p.threads > directions) text += ", hidden units over threads";
+  if (p.beside_rows > 0) {
+    return text + ", input products of " + std::to_string(p.beside_rows) + " rows beside the steps";
+  }
   text += ", time chunks of " + std::to_string(p.chunk_rows) + " rows (" +
           std::to_string(mb).substr(0, 4) + " MB)";
   return text;

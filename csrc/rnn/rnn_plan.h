@@ -11,6 +11,7 @@ namespace encdec::rnn {
 struct Plan {
   int threads;
   int64_t chunk_rows;
+  int beside_rows = 0;  // Forward::beside_rows
 };
 
 // `rows` is the number of real steps over all sequences, `available` the threads that torch would

@@ -196,6 +196,72 @@ void test_onto() {
   }
 }
 
+// Both products of multiply_beside are those of multiply_rows, bit for bit, however long each is.
+template <Format format, int NV>
+void test_beside(int64_t k, int64_t tile_k) {
+  if constexpr (has_beside<format>) {
+    struct Matrix {
+      std::vector<char> memory;
+      std::vector<float> scale;
+      std::vector<int32_t> start;
+      PackedView view;
+      Matrix(int64_t panels, int64_t k) : scale(panels * NV * kLanes), start(panels * NV * kLanes) {
+        const int64_t panel_bytes = packed_panel_bytes(format, k, NV);
+        memory.resize(static_cast<size_t>(panels * panel_bytes) + 64);
+        view = {aligned(memory), round_up(k, group_size(format)) / group_size(format), panel_bytes,
+                start.data(), scale.data()};
+        const int64_t vector_bytes = kLanes * weight_group_bytes(format);
+        std::vector<float> w(static_cast<size_t>(kLanes * k) + 1);
+        for (int64_t v = 0; v < panels * NV; ++v) {
+          for (float& x : w) x = next();
+          pack_columns<format>(
+              {reinterpret_cast<const char*>(w.data()), Format::kFloat32, k, 1, kLanes}, k,
+              aligned(memory) + v / NV * panel_bytes + v % NV * vector_bytes, NV * vector_bytes,
+              scale.data() + v * kLanes, start.data() + v * kLanes);
+        }
+      }
+    };
+    constexpr int kPanels = kBesidePanels<NV>, kRows = kBesideRows<NV>, kWidth = NV * kLanes;
+    const Matrix w(kPanels + 1, k), tile_w(2, tile_k);
+    const auto staged = [](std::vector<char>& room, int rows, int64_t k) {
+      const int64_t stride = staged_row_bytes(format, k);
+      room.resize(static_cast<size_t>(rows * stride) + 64);
+      std::vector<float> x(static_cast<size_t>(k) + 1);
+      for (int r = 0; r < rows; ++r) {
+        for (float& value : x) value = next();
+        stage_row<format>(reinterpret_cast<const char*>(x.data()), Format::kFloat32, k,
+                          aligned(room) + r * stride);
+      }
+      return RowsView{aligned(room), stride};
+    };
+    std::vector<char> row_room, rows_room;
+    const RowsView row = staged(row_room, 1, k), rows = staged(rows_room, kRows, tile_k);
+    std::vector<float> out(kPanels * kWidth, NAN), tile_out(kRows * kWidth, NAN);
+    multiply_beside<format, NV>(w.view, 1, row.data, out.data(),
+                                {tile_w.view, 1, rows, tile_out.data(), kWidth});
+    std::vector<float> alone(kPanels * kWidth, NAN), tile_alone(kRows * kWidth, NAN);
+    for (int p = 0; p < kPanels; ++p) {
+      multiply_rows<format, NV>(1, w.view, 1 + p, row, alone.data() + p * kWidth, kWidth);
+    }
+    multiply_rows<format, NV>(kRows, tile_w.view, 1, rows, tile_alone.data(), kWidth);
+    CHECK(std::memcmp(out.data(), alone.data(), out.size() * 4) == 0);
+    const bool same_order = !(amx_chosen && has_amx(format, NV));  // the matrix unit has its own
+    if (same_order || format == Format::kInt8) {
+      CHECK(std::memcmp(tile_out.data(), tile_alone.data(), tile_out.size() * 4) == 0);
+    }
+  }
+}
+
+template <Format format>
+void test_beside() {
+  const int64_t sizes[][2] = {{1, 1},    {5, 100},   {100, 5},     {33, 32},   {257, 1300},
+                              {1300, 7}, {600, 600}, {1100, 2100}, {2100, 40}, {9, 0}};
+  for (const auto& [k, tile_k] : sizes) {
+    test_beside<format, 2>(k, tile_k);
+    test_beside<format, 3>(k, tile_k);
+  }
+}
+
 void test_row_tiles() {
   for (const int most : {6, 14, 32}) {
     for (int64_t rows = 0; rows < 200; ++rows) {
@@ -221,6 +287,10 @@ void test_products() {
   test_int8_is_exact();
   test_onto<Format::kFloat32>();
   test_onto<Format::kBfloat16>();
+  test_beside<Format::kFloat32>();
+  test_beside<Format::kBfloat16>();
+  test_beside<Format::kFloat16>();
+  test_beside<Format::kInt8>();
 }
 
 }  // namespace

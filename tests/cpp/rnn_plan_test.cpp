@@ -36,6 +36,7 @@ void run_tests() {
           const Plan p = make_plan(s, 20 * B, 2, Format::kFloat32, threads);
           CHECK(p.threads >= 1 && p.threads <= threads);
           CHECK(p.chunk_rows >= B && p.chunk_rows <= 20 * B);
+          CHECK(p.beside_rows == 0 || (B == 1 && p.chunk_rows == 2 * p.beside_rows));
           const Plan b = make_backward_plan(s, 20 * B, threads);
           CHECK(b.threads >= 1 && b.threads <= threads);
           CHECK(b.chunk_rows >= B && b.chunk_rows <= 20 * B);

@@ -21,6 +21,7 @@ struct Case {
   Shape shape;
   bool reverse, unequal, biased;
   int threads;
+  int64_t chunk_rows = shape.B + 1;  // more than one chunk
 };
 
 // One direction of one layer, float32, padded (T, B) input.
@@ -69,7 +70,8 @@ struct Layer {
     return {chars(v), c.shape.B * width * 4, width * 4};
   }
 
-  void forward(const Kernels& k, Format format) {
+  // beside_rows: rows whose input products are made beside the steps; 0: a chunk's before them.
+  void forward(const Kernels& k, Format format, int beside_rows = 0) {
     const Shape& s = c.shape;
     Lines packed(k.packed_bytes(s, format));
     k.pack(s, weights(), format, c.threads, packed.data);
@@ -96,7 +98,8 @@ struct Layer {
     d.c_n = chars(c_n);
     if (saved_gates(s.cell) > 0) d.gates = chars(gates);
     f.threads = c.threads;
-    f.chunk_rows = s.B + 1;  // more than one chunk
+    f.beside_rows = beside_rows;
+    f.chunk_rows = beside_rows > 0 ? 2 * beside_rows : c.chunk_rows;
     Lines workspace(k.forward_workspace(f));
     f.workspace = workspace.data;
     k.forward(f);
@@ -160,6 +163,42 @@ void test_forward(const Kernels& k, const Case& c, Format format, double toleran
   if (c.shape.cell == Cell::kLstm) {
     for (size_t i = 0; i < cell.size(); ++i) CHECK_NEAR(layer.c_n[i], cell[i], 2 * tolerance);
   }
+}
+
+// One sequence whose input products are made beside its steps, for all lengths that leave over
+// another number of rows: bit for bit what comes of a whole chunk before them.
+void test_beside(const Kernels& k, Isa isa, Cell cell, Format format) {
+  constexpr int64_t kHidden = 140;  // two members: the last group of panels is not whole
+  for (int64_t T = 16; T < 33; ++T) {
+    const int threads = cell == Cell::kTanh || cell == Cell::kRelu ? 1 : 1 + T % 2;
+    const bool projected = cell == Cell::kLstm && T % 5 == 0;
+    const int64_t P = projected ? 50 : kHidden;
+    const Case c{{cell, T, 1, T % 3 == 0 ? 300 : 40, kHidden, P, projected},
+                 T % 4 < 2,
+                 false,
+                 true,
+                 threads,
+                 40};
+    const int rows = k.rows_beside(c.shape, format, threads);
+    const bool narrow = format == Format::kFloat32 || format == Format::kFloat16;
+    CHECK_EQ(rows > 0, isa == Isa::kAvx512Bf16 || (isa != Isa::kAvx2 && narrow));
+    if (rows == 0) continue;
+    Layer layer(c);
+    layer.forward(k, format);
+    const Layer plain = layer;
+    layer.forward(k, format, rows);
+    CHECK(layer.y == plain.y);
+    CHECK(layer.h_n == plain.h_n);
+    CHECK(cell != Cell::kLstm || (layer.c_n == plain.c_n && layer.cells == plain.cells));
+    CHECK(saved_gates(cell) == 0 || layer.gates == plain.gates);
+  }
+  // Too few steps, more than one sequence, too few units for each member.
+  const auto rows = [&](int64_t T, int64_t B, int64_t H) {
+    return k.rows_beside({cell, T, B, 40, H, H, false}, format, 2);
+  };
+  CHECK_EQ(rows(11, 1, 512), 0);
+  CHECK_EQ(rows(40, 2, 512), 0);
+  CHECK_EQ(rows(40, 1, 32), 0);
 }
 
 // The derivative of sum(y * weight) along a random direction of each argument.
@@ -237,6 +276,10 @@ void run_tests() {
     if (!use_isa(isa)) continue;
     const Kernels& k = kernels(isa);
     for (const Cell cell : {Cell::kLstm, Cell::kGru, Cell::kTanh, Cell::kRelu}) {
+      for (const Format format :
+           {Format::kFloat32, Format::kBfloat16, Format::kFloat16, Format::kInt8}) {
+        test_beside(k, isa, cell, format);
+      }
       for (const int64_t H : {1, 33}) {
         for (int variant = 0; variant < 8; ++variant) {
           const bool projected = cell == Cell::kLstm && variant % 3 == 2;
