@@ -47,7 +47,7 @@ class RecurrentModule(torch.nn.RNNBase):
             self.bidirectional,
             self.batch_first,
             self.proj_size > 0,
-            weight_dtype_name(self.weight_dtype, False),
+            "" if self.weight_dtype is None else weight_dtype_name(self.weight_dtype, False),
         )
 
     def _states(self, hx: Any, dim: int) -> tuple[State, State] | None:

@@ -13,7 +13,7 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from encdec_fast.backends import Backend, Description, select
 from encdec_fast.nn.linear import Linear
-from encdec_fast.ops._call import State, autocasting, context_of, weight_dtype_name
+from encdec_fast.ops._call import State, autocasting, context_of, device_type, weight_dtype_name
 from encdec_fast.ops._cpu import CONTEXTS
 from encdec_fast.ops.attention import attention
 from encdec_fast.ops.linear import Rows, run
@@ -61,7 +61,7 @@ def why_torch(tensors: list[Tensor]) -> str:
     for tensor in tensors:
         if tensor.is_nested:
             return "a tensor is nested"
-    if autocasting("cpu" if first.is_cpu else first.device.type):
+    if autocasting(device_type(first)):
         return CONTEXTS["autocast"]
     if torch.compiler.is_compiling():
         return ""

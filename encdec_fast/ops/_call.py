@@ -77,7 +77,7 @@ def make_call(
     return RecurrentCall(
         kind,
         input.dtype,
-        input.device.type,
+        device_type(input),
         training,
         len(weights) // 2 if bidirectional else len(weights),
         bidirectional,
@@ -89,6 +89,11 @@ def make_call(
         False,
         recurrence_of(kind, input, weights, batch_sizes, batch_first),
     )
+
+
+def device_type(tensor: Tensor) -> str:
+    """`tensor.device.type`, without making a string of it where that is not needed."""
+    return "cpu" if tensor.is_cpu else tensor.device.type
 
 
 def ragged_by(lengths: State, batch_sizes: State) -> str:

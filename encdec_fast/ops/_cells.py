@@ -19,6 +19,7 @@ from encdec_fast.ops._call import (
     State,
     autocasting,
     context_of,
+    device_type,
     needs_grad,
 )
 from encdec_fast.ops._checks import split_states
@@ -65,12 +66,12 @@ def _choose(
         )
     if torch.compiler.is_compiling():
         context = "compile"
-    elif autocasting(input.device.type):
+    elif autocasting(device_type(input)):
         context = "autocast"
     else:
         context = context_of(input, weights)
     empty = context not in GRAPHS and input.numel() == 0
-    device = input.device.type
+    device = device_type(input)
     flags = (False, False, False, dtype, "step", context, empty)
     return op.backends, RecurrentCall(kind, input.dtype, device, training, len(weights), *flags)
 

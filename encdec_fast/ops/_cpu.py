@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ from encdec_fast.ops._packing import kept, with_rows
 
 # As rnn_pack numbers them: the dtype of a call, or its weight_dtype.
 FORMATS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, "bfloat16": 1, "int8": 3}
-_ATTEMPTS = 3
+_ATTEMPTS = (False, True, True, True)  # whether weights are packed again
 CONTEXTS = {
     "autocast": "torch.autocast is on",
     "grad": "torch.func transforms it",
@@ -66,15 +67,16 @@ def make_pack(kind: str, weights: list[Tensor], weight_format: int) -> Tensor:
 
 
 def _pack(call: RecurrentCall, weights: list[Tensor], again: bool = False) -> list[Tensor]:
+    kind = call.kind
     weight_format = FORMATS[call.weight_dtype or call.dtype]
     if not call.bidirectional:
-        return [kept(call.kind, weights, weight_format, make_pack, again=again)]
+        return [kept(kind, weights, weight_format, make_pack, again=again)]
     half = len(weights) // 2
     if weights[0].shape != weights[half].shape or weights[1].shape != weights[half + 1].shape:
-        raise RuntimeError(f"{call.kind}: both directions must have weights of the same shapes")
+        raise RuntimeError(f"{kind}: both directions must have weights of the same shapes")
     return [
-        kept(call.kind, weights[:half], weight_format, make_pack, again=again),
-        kept(call.kind, weights[half:], weight_format, make_pack, again=again),
+        kept(kind, weights[:half], weight_format, make_pack, again=again),
+        kept(kind, weights[half:], weight_format, make_pack, again=again),
     ]
 
 
@@ -86,38 +88,9 @@ def _whole(tensor: State) -> State:
     return None if tensor is None else tensor.contiguous()
 
 
-def _forward(
-    call: RecurrentCall,
-    input: Tensor,
-    weights: list[Tensor],
-    h0: State,
-    c0: State,
-    lengths: State,
-    batch_sizes: State,
-    save: bool,
-) -> list[Tensor]:
-    input = with_rows(input)
-    if h0 is not None:
-        h0, c0 = h0.contiguous(), _whole(c0)
-    if lengths is not None:
-        lengths = lengths.contiguous()
-    run = torch.ops.encdec_fast_cpu.rnn_forward.default
-    fixed = (h0, c0, lengths, batch_sizes, call.batch_first, call.cell_states, save)
-    if save:  # the weights are about to change: they are packed for this call only
-        for d in range(call.directions):
-            check_weights(call.kind, weights[d * call.weights : (d + 1) * call.weights])
-        rows = [with_rows(weight) for weight in weights]
-        return list(run(CELLS[call.kind], input, rows, [], *fixed))
-    result: list[Tensor] = run(CELLS[call.kind], input, weights, _pack(call, weights), *fixed)
-    for _ in range(_ATTEMPTS):
-        if result:
-            return result
-        # The values are not those that were packed. Another thread may be changing them even now.
-        blobs = _pack(call, weights, again=True)
-        result = run(CELLS[call.kind], input, weights, blobs, *fixed)
-    if not result:
-        raise RuntimeError(f"{call.kind}: the weights change while they are being used")
-    return result
+@functools.cache
+def _rnn_forward() -> Any:
+    return torch.ops.encdec_fast_cpu.rnn_forward.default
 
 
 def run(
@@ -129,10 +102,22 @@ def run(
     lengths: State,
     batch_sizes: State,
 ) -> LayerResult:
-    result = _forward(call, input, weights, h0, c0, lengths, batch_sizes, False)
-    if call.kind != "lstm":
+    kind, cell_states, forward = call.kind, call.cell_states, _rnn_forward()
+    states = (None, None) if h0 is None else (h0.contiguous(), _whole(c0))
+    lengths = None if lengths is None else lengths.contiguous()
+    rest = (*states, lengths, batch_sizes, call.batch_first, cell_states, False)
+    input = with_rows(input)
+    for again in _ATTEMPTS:
+        # None where the values are not those that were packed: another thread may be changing them
+        # even now.
+        result = forward(CELLS[kind], input, weights, _pack(call, weights, again), *rest)
+        if result:
+            break
+    else:
+        raise RuntimeError(f"{kind}: the weights change while they are being used")
+    if kind != "lstm":
         return result[0], result[1], None, None
-    return result[0], result[1], result[2], result[3] if call.cell_states else None
+    return result[0], result[1], result[2], result[3] if cell_states else None
 
 
 def train(
@@ -144,7 +129,22 @@ def train(
     lengths: State,
     batch_sizes: State,
 ) -> tuple[Tensor, Tensor, State, State, Tensor]:
-    result = _forward(call, input, weights, h0, c0, lengths, batch_sizes, True)
+    # The weights are about to change: they are packed for this call only.
+    for d in range(call.directions):
+        check_weights(call.kind, weights[d * call.weights : (d + 1) * call.weights])
+    result = _rnn_forward()(
+        CELLS[call.kind],
+        with_rows(input),
+        [with_rows(weight) for weight in weights],
+        [],
+        _whole(h0),
+        _whole(c0),
+        _whole(lengths),
+        batch_sizes,
+        call.batch_first,
+        call.cell_states,
+        True,
+    )
     if call.kind != "lstm":
         return result[0], result[1], None, None, result[2]
     return result[0], result[1], result[2], result[3], result[4]

@@ -19,6 +19,7 @@ from encdec_fast.ops._call import (
     State,
     autocasting,
     context_of,
+    device_type,
     needs_grad,
     ragged_by,
     recurrence_of,
@@ -97,10 +98,11 @@ def describe(
             "call it under torch.no_grad() or torch.inference_mode()"
         )
     context = "compile" if torch.compiler.is_compiling() else context_of(input, weights)
+    symbolic = context in GRAPHS
     call = RecurrentCall(
         kind,
         input.dtype,
-        input.device.type,
+        device_type(input),
         training,
         len(weights) // (2 * num_layers if bidirectional else num_layers),
         bidirectional,
@@ -109,10 +111,8 @@ def describe(
         weight_dtype,
         ragged_by(lengths, batch_sizes),
         context,
-        context not in GRAPHS and input.numel() == 0,
-        None
-        if context in GRAPHS
-        else recurrence_of(kind, input, weights, batch_sizes, batch_first),
+        not symbolic and input.numel() == 0,
+        None if symbolic else recurrence_of(kind, input, weights, batch_sizes, batch_first),
     )
     # Under a transform autograd is not the one who asks: plain PyTorch serves any number of them.
     if training and context not in ("grad", "transform", "subclass"):
@@ -137,7 +137,7 @@ def run(
     zeroing an element between layers, 0 outside of training. lengths: from `as_lengths`,
     or from `as_resets`.
     """
-    if autocasting(input.device.type):
+    if torch._C._is_any_autocast_enabled() and autocasting(device_type(input)):
         fixed = (dropout, lengths, batch_sizes, cell_states)
         return _autocast.run(run, Arguments(net, input, h0, c0, weights, *fixed))
     op, _, num_layers, bidirectional, batch_first, projected, _ = net
@@ -146,10 +146,11 @@ def run(
         return None
     backends, call = describe(net, input, h0, c0, weights, lengths, batch_sizes, cell_states)
     emit: Callable[..., LayerResult] = op.emit
-    if call.context != "compile":
+    context = call.context
+    if context != "compile":
         if lengths is not None and call.ragged == "lengths":
             _checks.check_length_values(lengths, input.shape[1 if batch_first else 0])
-        if call.context != "dispatch":
+        if context != "dispatch":
             backend = select(backends, call)
             if (
                 backend.name == "cuda"

@@ -30,7 +30,7 @@ from torch.nn import functional as F
 from encdec_fast.backends import Backend, Description, explained_by
 from encdec_fast.ops import _triton
 from encdec_fast.ops._attention_checks import check_shapes
-from encdec_fast.ops._call import State, autocasting, context_of, needs_gradient
+from encdec_fast.ops._call import State, autocasting, context_of, device_type, needs_gradient
 from encdec_fast.ops._derivatives import recompute
 from encdec_fast.ops._tensor_op import TensorOp, reference_backend
 from encdec_fast.ops.linear import MOST_NORMED
@@ -54,7 +54,7 @@ class AddNormCall(NamedTuple):
 def _call(tensors: Sequence[Any], flags: Sequence[Any], training: bool) -> AddNormCall:
     input, (norm, eps) = tensors[0], flags
     wide = input.shape[-1] > MOST_NORMED
-    return AddNormCall(input.dtype, input.device.type, training, norm, eps, wide, "")
+    return AddNormCall(input.dtype, device_type(input), training, norm, eps, wide, "")
 
 
 def reference(
@@ -187,7 +187,7 @@ def _prepare(
     if not input.is_floating_point():
         raise RuntimeError(f"{name}: expected floating-point tensors, but input is {input.dtype}")
     tensors: list[State] = [input, residual, weight, bias]
-    if autocasting(input.device.type):  # as torch has it for norms
+    if autocasting(device_type(input)):  # as torch has it for norms
         tensors = [None if t is None else t.float() for t in tensors]
         input = input.float()
     sizes = (tuple(input.shape), (input.shape[-1],), (input.shape[-1],))

@@ -37,7 +37,14 @@ from torch import Tensor
 from encdec_fast.backends import Backend, Description, explained_by
 from encdec_fast.ops import _attention_checks as checks
 from encdec_fast.ops import _triton
-from encdec_fast.ops._call import GRAPHS, State, autocasting, context_of, needs_gradient
+from encdec_fast.ops._call import (
+    GRAPHS,
+    State,
+    autocasting,
+    context_of,
+    device_type,
+    needs_gradient,
+)
 from encdec_fast.ops._cpu import unfit
 from encdec_fast.ops._packing import with_rows
 from encdec_fast.ops._tensor_op import TensorOp, reference_backend
@@ -57,7 +64,7 @@ class AdditiveCall(NamedTuple):
 
 def _call(tensors: Sequence[Any], flags: Sequence[Any], training: bool) -> AdditiveCall:
     query = tensors[0]
-    return AdditiveCall(query.dtype, query.device.type, training, flags[0], "")
+    return AdditiveCall(query.dtype, device_type(query), training, flags[0], "")
 
 
 def reference(
@@ -219,8 +226,8 @@ def _prepare(
     """The metadata and the tensors of a call of the public function."""
     own: list[State] = [query, keys, values, score_weight, coverage, coverage_weight]
     given = [tensor for tensor in own if tensor is not None]
-    if autocasting(query.device.type) and query.dtype != torch.float64:
-        dtype = torch.get_autocast_dtype(query.device.type)
+    if autocasting(device_type(query)) and query.dtype != torch.float64:
+        dtype = torch.get_autocast_dtype(device_type(query))
         own = [None if t is None else t.to(dtype) for t in own]
         given = [tensor for tensor in own if tensor is not None]
     checks.additive(*own)
@@ -229,7 +236,7 @@ def _prepare(
     if context not in GRAPHS:
         checks.length_values(lengths, keys.shape[1])
     call = AdditiveCall(
-        given[0].dtype, query.device.type, needs_gradient(given), need_weights, context
+        given[0].dtype, device_type(query), needs_gradient(given), need_weights, context
     )
     return call, [*own, lengths]
 

@@ -59,7 +59,14 @@ from encdec_fast.ops._attention_torch import (
     torch_why_not,
     without_padding,
 )
-from encdec_fast.ops._call import GRAPHS, State, autocasting, context_of, needs_gradient
+from encdec_fast.ops._call import (
+    GRAPHS,
+    State,
+    autocasting,
+    context_of,
+    device_type,
+    needs_gradient,
+)
 from encdec_fast.ops._cpu import unfit
 from encdec_fast.ops._derivatives import recompute
 from encdec_fast.ops._dropout import drawn_seed, dropout_factors
@@ -95,7 +102,7 @@ def _wide(query: Tensor, value: Tensor) -> bool:
 def _call(tensors: Sequence[Any], flags: Sequence[Any], training: bool) -> AttentionCall:
     query = tensors[0]
     causal, scale, dropout_p, average_weights, need_weights = flags
-    where = (query.dtype, query.device.type, training)
+    where = (query.dtype, device_type(query), training)
     options = (causal, scale, dropout_p, average_weights, need_weights)
     plain = all(t is None for t in tensors[3:6])
     return AttentionCall(*where, *options, "", _wide(query, tensors[2]), plain)
@@ -340,8 +347,8 @@ def _prepare(
     average_weights: bool = False,
 ) -> tuple[AttentionCall, list[Any]]:
     """The metadata and the tensors of a call of the public function."""
-    if autocasting(query.device.type) and query.dtype != torch.float64:
-        dtype = torch.get_autocast_dtype(query.device.type)
+    if autocasting(device_type(query)) and query.dtype != torch.float64:
+        dtype = torch.get_autocast_dtype(device_type(query))
         query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
         bias = None if bias is None else bias.to(dtype)
     mask, bias = checks.attention(query, key, value, mask, bias)
@@ -352,7 +359,7 @@ def _prepare(
         checks.length_values(lengths, key.shape[2])
     scale = float(max(1, query.shape[-1]) ** -0.5 if scale is None else scale)
     seed = drawn_seed(query.device) if checks.probability(dropout_p) > 0 else None
-    device, training = query.device.type, needs_gradient([query, *given])
+    device, training = device_type(query), needs_gradient([query, *given])
     flags = (causal, scale, float(dropout_p), average_weights and need_weights, need_weights)
     plain = bias is None and lengths is None and mask is None
     call = AttentionCall(query.dtype, device, training, *flags, context, _wide(query, value), plain)

@@ -51,7 +51,14 @@ from encdec_fast.backends import (
 )
 from encdec_fast.ops import _attention_checks as checks
 from encdec_fast.ops import _triton
-from encdec_fast.ops._call import GRAPHS, State, autocasting, context_of, needs_gradient
+from encdec_fast.ops._call import (
+    GRAPHS,
+    State,
+    autocasting,
+    context_of,
+    device_type,
+    needs_gradient,
+)
 from encdec_fast.ops._cpu import unfit
 from encdec_fast.ops._derivatives import recompute
 from encdec_fast.ops._packing import with_rows
@@ -86,7 +93,7 @@ def _call(tensors: Sequence[Any], flags: Sequence[Any], training: bool) -> Decod
     input = tensors[0]
     cell, scale, need_weights = flags
     empty = input.shape[0] * input.shape[1] == 0
-    where = (input.dtype, input.device.type, training)
+    where = (input.dtype, device_type(input), training)
     return DecoderCall(*where, cell, scale, need_weights, empty, "")
 
 
@@ -360,8 +367,8 @@ def _prepare(
         raise ValueError(f"attention_decoder: cell must be 'lstm' or 'gru', but it is {cell!r}")
     own: list[State] = [input, h0, c0, context0, keys, values, weight_ih, weight_hh]
     own += [bias_ih, bias_hh, query_weight, score_weight]
-    if autocasting(input.device.type) and input.dtype != torch.float64:
-        dtype = torch.get_autocast_dtype(input.device.type)
+    if autocasting(device_type(input)) and input.dtype != torch.float64:
+        dtype = torch.get_autocast_dtype(device_type(input))
         own = [None if t is None else t.to(dtype) for t in own]
     given = [tensor for tensor in own if tensor is not None]
     checks.decoder(own, GATES[cell])

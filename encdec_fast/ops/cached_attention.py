@@ -29,7 +29,7 @@ from torch import Tensor
 from encdec_fast.backends import Backend, Description, explained_by, select
 from encdec_fast.ops import _triton
 from encdec_fast.ops._attention_checks import check_shapes
-from encdec_fast.ops._call import GRAPHS, State, context_of, needs_gradient
+from encdec_fast.ops._call import GRAPHS, State, context_of, device_type, needs_gradient
 from encdec_fast.ops._checks import check_device_values
 
 _library = torch.library.Library("encdec_fast", "FRAGMENT")
@@ -121,7 +121,7 @@ BACKENDS = (
 def _run(*args: Any) -> Tensor:
     tensors, scale = args[:-1], args[-1]
     query = tensors[0]
-    call = CachedCall(query.dtype, query.device.type, query.shape[2], scale, "")
+    call = CachedCall(query.dtype, device_type(query), query.shape[2], scale, "")
     found: Tensor = select(BACKENDS, call).run(call, *tensors)
     return found
 
@@ -188,7 +188,7 @@ def _prepare(
         before = torch.arange(P, device=rows.device) < places.unsqueeze(1)
         _check_values("rows", torch.where(before, rows, 0), R)
     call = CachedCall(
-        query.dtype, query.device.type, D, float(D**-0.5 if scale is None else scale), context
+        query.dtype, device_type(query), D, float(D**-0.5 if scale is None else scale), context
     )
     return call, (query, key, value, keys, values, rows, places, bias)
 

@@ -29,7 +29,14 @@ from torch.nn import functional as F
 
 from encdec_fast.backends import Backend, Description, explained_by, select
 from encdec_fast.ops import _triton
-from encdec_fast.ops._call import GRAPHS, State, autocasting, context_of, needs_gradient
+from encdec_fast.ops._call import (
+    GRAPHS,
+    State,
+    autocasting,
+    context_of,
+    device_type,
+    needs_gradient,
+)
 from encdec_fast.ops._checks import check_device_values
 from encdec_fast.ops._derivatives import recompute
 from encdec_fast.ops._tensor_op import TensorOp, reference_backend
@@ -51,7 +58,8 @@ class CrossEntropyCall(NamedTuple):
 
 def _call(tensors: Sequence[Any], flags: Sequence[Any], training: bool) -> CrossEntropyCall:
     logits, (ignore_index, smoothing) = tensors[0], flags
-    return CrossEntropyCall(logits.dtype, logits.device.type, training, ignore_index, smoothing, "")
+    where = (logits.dtype, device_type(logits), training)
+    return CrossEntropyCall(*where, ignore_index, smoothing, "")
 
 
 def reference(
@@ -192,7 +200,7 @@ def _prepare(
         )
     context = "compile" if torch.compiler.is_compiling() else context_of(logits, [target])
     training = needs_gradient([logits])
-    device = logits.device.type
+    device = device_type(logits)
     call = CrossEntropyCall(
         logits.dtype, device, training, ignore_index, float(label_smoothing), context
     )

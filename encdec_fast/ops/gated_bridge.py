@@ -36,6 +36,7 @@ from encdec_fast.ops._call import (
     State,
     autocasting,
     context_of,
+    device_type,
     needs_gradient,
     weight_dtype_name,
 )
@@ -59,7 +60,7 @@ class GatedBridgeCall(NamedTuple):
 
 def _call(tensors: Sequence[Any], flags: Sequence[Any], training: bool) -> GatedBridgeCall:
     state = tensors[0]
-    return GatedBridgeCall(state.dtype, state.device.type, training, flags[0], "")
+    return GatedBridgeCall(state.dtype, device_type(state), training, flags[0], "")
 
 
 def _parts(
@@ -247,7 +248,7 @@ def _prepare(
 ) -> tuple[GatedBridgeCall, list[Any]]:
     """The metadata and the tensors of a call of the public function."""
     own: list[Any] = [state, context, gate_weight, context_weight, gate_bias]
-    device = state.device.type
+    device = device_type(state)
     cast = autocasting(device)
     if cast:
         dtype = torch.get_autocast_dtype(device)

@@ -37,6 +37,7 @@ from encdec_fast.ops._call import (
     State,
     autocasting,
     context_of,
+    device_type,
     needs_gradient,
     weight_dtype_name,
 )
@@ -327,7 +328,7 @@ def _run(*args: Any) -> Tensor:
     rows = tuple(more[0]) if more and more[0] is not None else None  # defaults are not passed on
     options = (activation, norm, eps, weight_dtype)
     wide = tensors[1].shape[0] > MOST_NORMED
-    call = LinearCall(input.dtype, input.device.type, False, *options, "", rows, wide=wide)
+    call = LinearCall(input.dtype, device_type(input), False, *options, "", rows, wide=wide)
     result: Tensor = select(BACKENDS, call).run(call, *tensors)
     return result
 
@@ -378,7 +379,7 @@ def describe_call(
     training = torch.is_grad_enabled() and needs_gradient([input, *given])
     if training and weight_dtype:
         weight_dtype_name(weight_dtype, training)  # raises
-    device = "cpu" if input.is_cpu else input.device.type  # asking for the type makes a string
+    device = device_type(input)
     if torch.compiler.is_compiling():
         context = "compile"
     elif autocasting(device):

@@ -42,7 +42,7 @@ from torch import Tensor
 
 from encdec_fast.backends import Description, explained_by
 from encdec_fast.ops._attention_checks import check_shapes
-from encdec_fast.ops._call import State, autocasting
+from encdec_fast.ops._call import State, autocasting, device_type
 from encdec_fast.ops.attention import attention
 from encdec_fast.ops.linear import describe as describe_linear
 from encdec_fast.ops.linear import linear
@@ -104,8 +104,8 @@ def _prepare(
 ) -> list[Any]:
     """The tensors of a call of the public function."""
     own: list[Any] = [embedded, hidden, memory, weight, bias]
-    if autocasting(embedded.device.type):
-        dtype = torch.get_autocast_dtype(embedded.device.type)
+    if autocasting(device_type(embedded)):
+        dtype = torch.get_autocast_dtype(device_type(embedded))
         own = [None if tensor is None else tensor.to(dtype) for tensor in own]
     _check(*own)
     return own

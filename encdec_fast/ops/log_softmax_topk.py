@@ -28,7 +28,7 @@ from torch import Tensor
 
 from encdec_fast.backends import Backend, Description, explained_by, select
 from encdec_fast.ops import _triton
-from encdec_fast.ops._call import GRAPHS, State, context_of, needs_gradient
+from encdec_fast.ops._call import GRAPHS, State, context_of, device_type, needs_gradient
 
 _library = torch.library.Library("encdec_fast", "FRAGMENT")
 _library.define(
@@ -109,7 +109,7 @@ BACKENDS = (
 
 def _run(logits: Tensor, k: int, forbidden: State, renormalize: bool) -> tuple[Tensor, ...]:
     V = logits.shape[1]
-    call = LogSoftmaxTopkCall(logits.dtype, logits.device.type, False, V, k, renormalize, "")
+    call = LogSoftmaxTopkCall(logits.dtype, device_type(logits), False, V, k, renormalize, "")
     found: tuple[Tensor, ...] = select(BACKENDS, call).run(call, logits, forbidden)
     return found
 
@@ -148,7 +148,7 @@ def _prepare(
     context = "compile" if torch.compiler.is_compiling() else context_of(logits, given)
     training = needs_gradient([logits])
     return LogSoftmaxTopkCall(
-        logits.dtype, logits.device.type, training, V, k, renormalize, context
+        logits.dtype, device_type(logits), training, V, k, renormalize, context
     )
 
 

@@ -41,7 +41,7 @@ from torch.nn import functional as F
 
 from encdec_fast.backends import Description, explained_by
 from encdec_fast.ops._attention_checks import check_shapes
-from encdec_fast.ops._call import State, autocasting
+from encdec_fast.ops._call import State, autocasting, device_type
 from encdec_fast.ops.additive_attention import additive_attention
 from encdec_fast.ops.additive_attention import describe as describe_additive
 from encdec_fast.ops.attention import attention
@@ -165,8 +165,8 @@ def _prepare(
 ) -> _Prepared:
     check_score(_NAME, score)
     own: list[Any] = [query, memory, weight, score_weight, keys]
-    if autocasting(query.device.type):
-        dtype = torch.get_autocast_dtype(query.device.type)
+    if autocasting(device_type(query)):
+        dtype = torch.get_autocast_dtype(device_type(query))
         own = [None if tensor is None else tensor.to(dtype) for tensor in own]
     query, memory, weight, score_weight, keys = own
     _check(query, memory, weight, score_weight, score, keys)

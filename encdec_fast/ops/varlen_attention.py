@@ -25,7 +25,7 @@ from torch import Tensor
 from encdec_fast.backends import Backend, Description, explained_by, select
 from encdec_fast.ops import _attention_checks as checks
 from encdec_fast.ops import _triton
-from encdec_fast.ops._call import GRAPHS, autocasting, context_of, needs_gradient
+from encdec_fast.ops._call import GRAPHS, autocasting, context_of, device_type, needs_gradient
 from encdec_fast.ops._cpu import unfit
 from encdec_fast.ops._packing import with_rows
 from encdec_fast.ops.attention import attention
@@ -161,7 +161,7 @@ BACKENDS = (
 def _run(*args: Any) -> Tensor:
     tensors, (causal, scale) = args[:5], args[5:]
     query = tensors[0]
-    call = VarlenCall(query.dtype, query.device.type, False, causal, scale, "")
+    call = VarlenCall(query.dtype, device_type(query), False, causal, scale, "")
     result: Tensor = select(BACKENDS, call).run(call, *tensors)
     return result
 
@@ -181,7 +181,7 @@ def _prepare(
     scale: float | None = None,
 ) -> tuple[VarlenCall, tuple[Tensor, ...]]:
     """The metadata and the tensors of a call of the public function."""
-    device = query.device.type
+    device = device_type(query)
     if autocasting(device) and query.dtype != torch.float64:
         dtype = torch.get_autocast_dtype(device)
         query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
