@@ -51,7 +51,7 @@ demo: $(STAMPS)/built $(STAMPS)/req-demo $(STAMPS)/req-demo-data ## Pronounce WO
 .PHONY: test
 test: $(STAMPS)/built $(STAMPS)/req-test $(STAMPS)/req-demo-data $(STAMPS)/qemu $(STAMPS)/triton-oldest/.done ## Run the C++ and Python tests, in several processes (PYTEST_ARGS="-n 0 ...": in one)
 	flock $(CMAKE_DIR)/lock cmake --build $(CMAKE_DIR) --target cpp_tests cuda_kernels
-	ctest --test-dir $(CMAKE_DIR) --output-on-failure
+	ctest --test-dir $(CMAKE_DIR) --output-on-failure --parallel 2
 	ENCDEC_FAST_REQUIRE_NATIVE=1 ENCDEC_FAST_OLDEST_TRITON=$(abspath $(STAMPS)/triton-oldest) \
 	    $(PY) -m pytest -n auto --maxprocesses 4 $(PYTEST_ARGS)
 
@@ -59,7 +59,7 @@ test: $(STAMPS)/built $(STAMPS)/req-test $(STAMPS)/req-demo-data $(STAMPS)/qemu 
 test-sanitize: $(STAMPS)/req-build ## Run the C++ tests under AddressSanitizer and UBSan
 	cmake -S . -B build/sanitize -G Ninja -DENCDEC_BUILD_PYTHON=OFF -DENCDEC_SANITIZE=ON
 	cmake --build build/sanitize --target cpp_tests
-	ctest --test-dir build/sanitize --output-on-failure
+	ctest --test-dir build/sanitize --output-on-failure --parallel 2
 
 .PHONY: lint
 lint: $(TORCH_STAMP) $(STAMPS)/req-lint ## Check style, types and layers

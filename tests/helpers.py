@@ -78,8 +78,6 @@ CASES = {
     "everything": _case("num_layers=2 bidirectional batch_first", states=True, H=24),
     "one sequence": _case("bidirectional", states=True, batched=False),
     "one sequence, batch first": _case("batch_first num_layers=2", batched=False),
-    # Long and wide enough for input products beside the steps (docs/design.md).
-    "alone": _case("bidirectional num_layers=2", T=29, B=1, I=20, H=136, states=True),
     "lengths": _case(ragged="lengths", T=9, B=7),
     "lengths, everything": _case(
         "num_layers=2 bidirectional batch_first", ragged="lengths", states=True, T=7, B=11
@@ -89,12 +87,14 @@ CASES = {
 }
 PROJECTED = {
     "projection": _case("proj_size=3"),
-    "projection, alone": _case("proj_size=40 bidirectional", T=21, B=1, H=136),
     "projection, everything": _case(
         "proj_size=9 num_layers=2 bidirectional batch_first", H=20, states=True
     ),
     "projection, lengths": _case("proj_size=4 bidirectional", ragged="lengths", states=True),
 }
+
+# One sequence, long and wide enough for input products beside its steps (docs/design.md).
+ALONE = _case("bidirectional num_layers=2", T=29, B=1, I=20, H=136, states=True)
 
 
 def lengths_of(case: Case) -> Tensor:

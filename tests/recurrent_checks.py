@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from helpers import (
+    ALONE,
     FUNCTIONS,
     OURS,
     Case,
@@ -288,8 +289,17 @@ def check_runs_on(kind: str, backend: str) -> None:
         assert encdec_fast.explain(FUNCTIONS[kind], x, None, weights, **extra).backend == backend
 
 
-def check_plan(kind: str) -> None:
+def check_alone(kind: str) -> None:
     """One long sequence has its input products made beside its steps, where there are kernels."""
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        check_forward(kind, ALONE, dtype, "cpu")
+    for dtype in (torch.float32, torch.bfloat16):
+        check_gradients(kind, ALONE, dtype, "cpu")
+    for weight_dtype in (torch.bfloat16, "int8"):
+        check_weight_dtype(kind, ALONE, weight_dtype, "cpu")
+    if kind == "lstm":
+        options = {"bidirectional": True, "proj_size": 40}
+        check_forward(kind, Case(T=21, B=1, H=136, options=options), torch.float32, "cpu")
     module = OURS[kind](64, 256).eval()
     beside = "beside the steps"
     with use_backend("cpu"), two_threads():

@@ -84,5 +84,5 @@ def test_runs_on(backend: str) -> None:
     checks.check_runs_on("gru", backend)
 
 
-def test_plan(native: None) -> None:
-    checks.check_plan("gru")
+def test_one_sequence_alone(native: None) -> None:
+    checks.check_alone("gru")

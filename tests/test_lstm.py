@@ -101,8 +101,8 @@ def test_runs_on(backend: str) -> None:
     checks.check_runs_on("lstm", backend)
 
 
-def test_plan(native: None) -> None:
-    checks.check_plan("lstm")
+def test_one_sequence_alone(native: None) -> None:
+    checks.check_alone("lstm")
 
 
 @pytest.mark.parametrize("grad", [False, True])

@@ -95,5 +95,5 @@ def test_runs_on(kind: str, backend: str) -> None:
 
 
 @KINDS
-def test_plan(kind: str, native: None) -> None:
-    checks.check_plan(kind)
+def test_one_sequence_alone(kind: str, native: None) -> None:
+    checks.check_alone(kind)

@@ -75,6 +75,7 @@ struct AttentionBackward {
 
 // One for each instruction set.
 struct AttentionKernels {
+  int64_t (*heads_of_unit)(const Attention&);  // with one query each, taken together; else 1
   int64_t (*workspace)(const Attention&);
   void (*run)(const Attention&);
   int64_t (*backward_workspace)(const AttentionBackward&);

@@ -6,6 +6,7 @@ namespace encdec::attention {
 namespace ENCDEC_ISA_NAMESPACE {
 
 const AttentionKernels kAttentionKernels = {
+    [](const Attention& f) { return heads_of_unit(f); },
     [](const Attention& f) {
       int64_t bytes = 0;
       with_dtype(f.dtype, [&](auto c) { bytes = attention_places<decltype(c)::value>(f).bytes; });

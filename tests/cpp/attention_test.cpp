@@ -64,6 +64,9 @@ void test_attention(const AttentionKernels& kernels, int64_t Tq, int64_t S, int6
   f.weights = w.data();
   plan(f, threads);
   f.round_heads = 3;  // several rounds, and a last one that is not full
+  // Of 16 and 32 numbers a head there are registers for several heads on every instruction set.
+  if (!side_by_side) CHECK_EQ(kernels.heads_of_unit(f), 1);
+  if (side_by_side && (D == 16 || D == 32)) CHECK(kernels.heads_of_unit(f) > 1);
   Lines workspace(kernels.workspace(f));
   f.workspace = workspace.data;
   kernels.run(f);
