@@ -12,6 +12,7 @@ from torch.nn.utils.rnn import PackedSequence
 from encdec_fast.backends import Description
 from encdec_fast.ops import _checks, _public, _recurrent
 from encdec_fast.ops._call import LayerResult, State, weight_dtype_name
+from encdec_fast.ops._cpu import run_again
 from encdec_fast.ops._layer import LayerOp
 from encdec_fast.ops._recurrent import Arguments, Network
 
@@ -111,19 +112,17 @@ class RecurrentModule(torch.nn.RNNBase):
         """(output, h_n, c_n, cells), in the form of the input; None where torch must decide."""
         ragged = lengths is not None or resets is not None
         if type(input) is Tensor and hx is None and not ragged and input.dim() == 3:
-            # What every call would do, with nothing left to convert: small calls feel the rest.
-            dropout = self.dropout if self.training else 0.0
-            return _recurrent.run(
-                self._network(),
-                input,
-                None,
-                None,
-                self._weights(),
-                dropout,
-                None,
-                None,
-                cell_states,
-            )
+            # Nothing is left to convert. Small calls feel the rest.
+            weights = self._weights()
+            if self.num_layers == 1 and not self.bidirectional:
+                name = weight_dtype_name(self.weight_dtype, False) if self.weight_dtype else ""
+                kind = _KINDS[self.mode]
+                layer = run_again(kind, input, weights, name, self.batch_first, cell_states)
+                if layer is not None:
+                    return layer
+            net, dropout = self._network(), self.dropout if self.training else 0.0
+            rest = (dropout, None, None, cell_states)
+            return _recurrent.run(net, input, None, None, weights, *rest)
         arguments = self._arguments(input, hx, lengths, cell_states, resets)
         if arguments is None:
             return None

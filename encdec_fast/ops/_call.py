@@ -137,6 +137,23 @@ def context_of(input: Tensor, weights: list[Tensor]) -> str:
     return ""
 
 
+def watched() -> bool:
+    """Whether anything may stand between a call and the values of its tensors, a gradient wanted.
+
+    Asks less than `context_of` and knows less: where it says no, plain tensors are all there is.
+    """
+    c = torch._C
+    return (
+        torch.is_grad_enabled()
+        or torch.compiler.is_compiling()
+        or c._is_any_autocast_enabled()
+        or c._are_functorch_transforms_active()
+        or c._len_torch_dispatch_stack() > 0
+        or c._get_tracing_state() is not None
+        or forward_ad._current_level >= 0
+    )
+
+
 def _transform() -> str:
     stack: Any = torch._C._functorch.get_interpreter_stack()
     grad = torch._C._functorch.TransformType.Grad

@@ -68,6 +68,12 @@ def with_rows(tensor: Tensor) -> Tensor:
     return tensor.clone(memory_format=torch.contiguous_format)
 
 
+def found(kind: str, weights: list[Tensor], weight_format: int) -> Tensor | None:
+    """The packed form of these weights if it is there and fresh; as `kept` takes them."""
+    entry = _entries.get((weight_format, kind, *map(id, weights)))
+    return entry.blob if entry is not None and entry.fresh(weights) else None
+
+
 def kept(
     kind: str,
     weights: list[Tensor],
