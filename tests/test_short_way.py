@@ -153,3 +153,11 @@ def test_weights_that_change(kind: str, change: Any, asked: list[Any]) -> None:
     asked.clear()
     torch.testing.assert_close(module(x)[0], expected)
     assert not asked
+
+
+@pytest.mark.parametrize("weight_dtype", ["", "int4", torch.float16], ids=repr)
+def test_weight_dtypes_that_there_are_not(weight_dtype: Any, asked: list[Any]) -> None:
+    module, x, _ = packed("lstm")
+    module.weight_dtype = weight_dtype
+    with pytest.raises(ValueError, match="weight_dtype must be"):
+        module(x)

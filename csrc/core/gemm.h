@@ -27,7 +27,6 @@ constexpr int64_t sum_run(Format format, int64_t left) {
 
 // A tile of fewer sums than the multiply-add's latency takes splits k over so many of each.
 constexpr int split_sums(int sums) { return sums >= 8 ? 1 : (7 + sums) / sums; }
-constexpr int one_row_sums(int vectors) { return split_sums(vectors); }
 
 // Whether the matrix unit can take products of weights in this format.
 constexpr bool has_amx(Format format, int vectors) {
@@ -75,15 +74,14 @@ __attribute__((visibility("default"))) void multiply_rows(int rows, const Packed
 template <int NV>
 constexpr int kBesideRows = NV == 2 ? 8 : 6;
 template <int NV>
-constexpr int kBesidePanels = one_row_sums(NV);
+constexpr int kBesidePanels = split_sums(NV);
 
 // Whether there are registers for both, and words need not be widened (dot.h).
 template <Format format>
 constexpr bool has_beside = kRegisters == 32 && Dot<format>::kParts == 1;
 
-// `row` is one staged row, `out` its results by panels [panel, panel + kBesidePanels<NV>) of w,
-// side by side; `rows` are kBesideRows<NV> staged rows, `tile_out` their results by a panel of
-// tile_w.
+// The tile's side: kBesideRows<NV> staged rows by one panel. The other is one staged row by panels
+// [panel, panel + kBesidePanels<NV>) of w, whose results come side by side.
 struct BesideTile {
   const PackedView& w;
   int64_t panel;

@@ -1,5 +1,7 @@
 // Products of one row and of a tile at once (gemm.h), of one instruction set: this file is compiled
 // once for each.
+#include <cstdlib>
+
 #include "core/gemm.h"
 
 namespace encdec {
@@ -18,20 +20,20 @@ void multiply_beside(const PackedView& w, int64_t panel, const char* row, float*
     const char* tile_p = tile.w.data + tile.panel * tile.w.panel_bytes;
     const char* base[2] = {tile.rows.data, tile.rows.data + 4 * tile.rows.stride};
     Acc tile_acc[MR][NV];
-    const auto start_tile = [&](Acc(&acc)[MR][NV]) __attribute__((always_inline)) {
+    const auto start_tile = [&]() __attribute__((always_inline)) {
 #pragma GCC unroll 8
       for (int r = 0; r < MR; ++r) {
 #pragma GCC unroll 4
         for (int v = 0; v < NV; ++v) {
           if constexpr (format == Format::kInt8) {
-            acc[r][v] = iload(tile.w.start + (tile.panel * NV + v) * kLanes);
+            tile_acc[r][v] = iload(tile.w.start + (tile.panel * NV + v) * kLanes);
           } else {
-            acc[r][v] = D::start();
+            tile_acc[r][v] = D::start();
           }
         }
       }
     };
-    start_tile(tile_acc);
+    start_tile();
     bool handed_over = false;
     int64_t tile_run = sum_run(format, tile.w.groups), tile_left = tile.w.groups - tile_run;
     const auto tile_step = [&]() __attribute__((always_inline)) {
@@ -64,7 +66,7 @@ void multiply_beside(const PackedView& w, int64_t panel, const char* row, float*
       handed_over = true;
       tile_run = sum_run(format, tile_left);
       tile_left -= tile_run;
-      start_tile(tile_acc);
+      start_tile();
     };
 
     if (tile_run == 0) hand_over();  // rows of nothing
@@ -132,6 +134,8 @@ void multiply_beside(const PackedView& w, int64_t panel, const char* row, float*
       for (; tile_run > 0; --tile_run) tile_step();
       hand_over();
     }
+  } else {
+    std::abort();  // nobody may ask for what has_beside denies
   }
 }
 

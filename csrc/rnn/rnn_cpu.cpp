@@ -62,12 +62,14 @@ struct RowsBeside {
     using Bl = Blocking<cell>;
     constexpr int kRows = kBesideRows<Bl::kVectors>;
     // The matrix unit makes input products in no time.
-    if (!has_beside<format> || (has_amx(format, Bl::kVectors) && amx_chosen)) return 0;
+    if (!has_beside<format> || s.B != 1 || s.T < 2 * kRows ||
+        (has_amx(format, Bl::kVectors) && amx_chosen))
+      return 0;
     // W_ih is read anew for each chunk: a cache must hold it beside W_hh.
     const int64_t bytes = layout<cell>(s, format).bytes;
     if (bytes > static_cast<int64_t>(cache_sizes().l3) / 4 * 3) return 0;
     const bool enough = Bl::blocks(s.H) * Bl::kPanels / members >= kBesidePanels<Bl::kVectors>;
-    return s.B == 1 && s.T >= 2 * kRows && enough ? kRows : 0;
+    return enough ? kRows : 0;
   }
 };
 

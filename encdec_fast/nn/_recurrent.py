@@ -48,7 +48,7 @@ class RecurrentModule(torch.nn.RNNBase):
             self.bidirectional,
             self.batch_first,
             self.proj_size > 0,
-            "" if self.weight_dtype is None else weight_dtype_name(self.weight_dtype, False),
+            weight_dtype_name(self.weight_dtype, False),
         )
 
     def _states(self, hx: Any, dim: int) -> tuple[State, State] | None:
@@ -115,7 +115,7 @@ class RecurrentModule(torch.nn.RNNBase):
             # Nothing is left to convert. Small calls feel the rest.
             weights = self._weights()
             if self.num_layers == 1 and not self.bidirectional:
-                name = weight_dtype_name(self.weight_dtype, False) if self.weight_dtype else ""
+                name = weight_dtype_name(self.weight_dtype, False)
                 kind = _KINDS[self.mode]
                 layer = run_again(kind, input, weights, name, self.batch_first, cell_states)
                 if layer is not None:

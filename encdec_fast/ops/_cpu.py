@@ -93,6 +93,12 @@ def _rnn_forward() -> Any:
     return torch.ops.encdec_fast_cpu.rnn_forward.default
 
 
+def _results(kind: str, cell_states: bool, result: list[Tensor]) -> LayerResult:
+    if kind != "lstm":
+        return result[0], result[1], None, None
+    return result[0], result[1], result[2], result[3] if cell_states else None
+
+
 def run(
     call: RecurrentCall,
     input: Tensor,
@@ -108,16 +114,14 @@ def run(
     rest = (*states, lengths, batch_sizes, call.batch_first, cell_states, False)
     input = with_rows(input)
     for again in _ATTEMPTS:
-        # None where the values are not those that were packed: another thread may be changing them
-        # even now.
+        # Nothing comes back where the values are not those that were packed: another thread may be
+        # changing them even now.
         result = forward(CELLS[kind], input, weights, _pack(call, weights, again), *rest)
         if result:
             break
     else:
         raise RuntimeError(f"{kind}: the weights change while they are being used")
-    if kind != "lstm":
-        return result[0], result[1], None, None
-    return result[0], result[1], result[2], result[3] if cell_states else None
+    return _results(kind, cell_states, result)
 
 
 def run_again(
@@ -153,9 +157,7 @@ def run_again(
     result = _rnn_forward()(CELLS[kind], input, weights, [packed], *rest)
     if not result:  # other values than those that were packed
         return None
-    if kind != "lstm":
-        return result[0], result[1], None, None
-    return result[0], result[1], result[2], result[3] if cell_states else None
+    return _results(kind, cell_states, result)
 
 
 def train(

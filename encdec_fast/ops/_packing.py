@@ -88,10 +88,10 @@ def kept(
     with contiguous rows, weight_format) -> an opaque uint8 tensor; it raises what is to be raised
     for weights that do not fit each other.
     """
+    blob = None if again else found(kind, weights, weight_format)
+    if blob is not None:
+        return blob
     key = (weight_format, kind, *map(id, weights))
-    entry = _entries.get(key)
-    if entry is not None and not again and entry.fresh(weights):
-        return entry.blob
     with _packing.current:
         entry = _entries.get(key)
         if entry is None or again or not entry.fresh(weights):

@@ -137,7 +137,7 @@ def run(
     zeroing an element between layers, 0 outside of training. lengths: from `as_lengths`,
     or from `as_resets`.
     """
-    if torch._C._is_any_autocast_enabled() and autocasting(device_type(input)):
+    if autocasting(device_type(input)):
         fixed = (dropout, lengths, batch_sizes, cell_states)
         return _autocast.run(run, Arguments(net, input, h0, c0, weights, *fixed))
     op, _, num_layers, bidirectional, batch_first, projected, _ = net
