@@ -12,9 +12,12 @@ function(encdec_isa_objects target isa)
   add_library(${target} OBJECT ${ARGN})
   target_link_libraries(${target} PRIVATE encdec_options)
   target_compile_definitions(${target} PRIVATE ENCDEC_ISA_NAMESPACE=${isa})
+  # Loops start at a cache line: one of 85 bytes that lies across three lines of decoded instructions
+  # instead of two is slower by a fifth to a third where two threads share a core (Zen 3).
   # What is silenced is noise here: vector types as template arguments and their ABI, and GCC's own
   # intrinsics, which start from a register that they leave undefined on purpose.
   target_compile_options(${target} PRIVATE ${ENCDEC_FLAGS_${isa}} -fvisibility=hidden
+                         -falign-loops=64
                          -Wno-psabi -Wno-ignored-attributes
                          -Wno-uninitialized -Wno-maybe-uninitialized)
 endfunction()
