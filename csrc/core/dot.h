@@ -4,9 +4,10 @@
 // two bf16, four bytes. `Dot<format>` says how a word of the row, broadcast to all lanes, meets a
 // vector of weights: kLanes output columns, the group's k next to each other in each column.
 //
-// Where the processor has no product of halves or bytes, a word comes in two parts, each of which
-// one instruction multiplies: `widen` makes them of kLanes words of a row, once for a whole tile,
-// and weights<part> takes the same numbers from a vector of weights.
+// Where the processor has no product of halves or bytes, a word comes in two parts, which `widen`
+// makes of kLanes words of a row, once for a whole tile. Each part has products of its own, with
+// the same numbers that weights<part> takes from a vector of weights; or both parts enter one step
+// (kTogether).
 #pragma once
 
 #include "core/format.h"
@@ -22,6 +23,7 @@ template <>
 struct Dot<Format::kFloat32> {
   using Acc = Float;
   static constexpr int kParts = 1;
+  static constexpr bool kTogether = false;
   static ENCDEC_INLINE Acc start() { return zero(); }
   template <int part = 0>
   static ENCDEC_INLINE Float weights(const char* p) {
@@ -84,10 +86,13 @@ struct Dot<Format::kBfloat16> : Dot<Format::kFloat32> {
 };
 #endif
 
-// Unsigned rows times signed weights, exact 32-bit sums on every instruction set.
+// Unsigned rows times signed weights, exact 32-bit sums on every instruction set. The first sums
+// of columns start where the rows' zero point is taken off.
 struct IntegerSums {
   using Acc = Int;
+  static constexpr bool kTogether = false;
   static ENCDEC_INLINE Acc start() { return izero(); }
+  static ENCDEC_INLINE Acc first(const int32_t* starts) { return iload(starts); }
   static ENCDEC_INLINE Int word(const char* p) {
     return iset1(*reinterpret_cast<const int32_t*>(p));
   }
@@ -109,7 +114,7 @@ struct Dot<Format::kInt8> : IntegerSums {
     return acc;
   }
 };
-#else
+#elif defined(__AVX512F__)
 // Even and odd bytes as 16-bit numbers. (The multiply-add of bytes saturates.)
 template <>
 struct Dot<Format::kInt8> : IntegerSums {
@@ -126,6 +131,31 @@ struct Dot<Format::kInt8> : IntegerSums {
   static ENCDEC_INLINE Acc step(Acc acc, Int x, Int w) {
     acc = iadd(acc, madd_halves(x, w));
     // GCC would add up both parts' products first, and have no register left for the sums.
+    asm("" : "+v"(acc));
+    return acc;
+  }
+};
+#else
+// The multiply-add of bytes takes unsigned by signed numbers and saturates, but not here: it gets
+// the magnitudes of the row, 127 at most (128 in a row that is not finite), and the weights with
+// the signs of the row, of which two products are 32,512 at most.
+template <>
+struct Dot<Format::kInt8> : IntegerSums {
+  static constexpr int kParts = 2;
+  static constexpr bool kTogether = true;
+  static ENCDEC_INLINE Acc first(const int32_t*) { return izero(); }  // widen takes it off
+  template <int part = 0>
+  static ENCDEC_INLINE Int weights(const char* p) {
+    return iload(p);
+  }
+  static ENCDEC_INLINE void widen(Int words, char* magnitudes, char* signs) {
+    const Int number = ixor(words, iset1(static_cast<int32_t>(0x80808080u)));
+    istore(magnitudes, _mm256_abs_epi8(number));
+    istore(signs, number);
+  }
+  static ENCDEC_INLINE Acc step(Acc acc, Int magnitude, Int sign, Int w) {
+    const Int pairs = _mm256_maddubs_epi16(magnitude, _mm256_sign_epi8(w, sign));
+    acc = iadd(acc, madd_halves(pairs, _mm256_set1_epi16(1)));
     asm("" : "+v"(acc));
     return acc;
   }

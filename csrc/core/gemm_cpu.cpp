@@ -49,7 +49,7 @@ __attribute__((noinline)) void multiply_tile(const PackedView& w, int64_t panel,
 #pragma GCC unroll 4
         for (int v = 0; v < NV; ++v) {
           if constexpr (format == Format::kInt8) {
-            acc[s][r][v] = s == 0 ? iload(w.start + (panel * NV + v) * kLanes) : D::start();
+            acc[s][r][v] = s == 0 ? D::first(w.start + (panel * NV + v) * kLanes) : D::start();
           } else {
             acc[s][r][v] = D::start();
           }
@@ -71,6 +71,24 @@ __attribute__((noinline)) void multiply_tile(const PackedView& w, int64_t panel,
         for (int v = 0; v < NV; ++v) acc[s][r][v] = D::step(acc[s][r][v], word, weight[v]);
       }
     };
+    // The same where both parts of a word enter one step.
+    const auto products_together = [&](int s, auto words) __attribute__((always_inline)) {
+      Int weight[NV];
+#pragma GCC unroll 4
+      for (int v = 0; v < NV; ++v) {
+        weight[v] = D::template weights<0>(p + v * kLanes * weight_group_bytes(format));
+        if constexpr (ahead) __builtin_prefetch(p + w.panel_bytes + v * 64, 0, 2);
+      }
+#pragma GCC unroll 16
+      for (int r = 0; r < MR; ++r) {
+        const auto first = D::word(words + 2 * r * kWideGroups * 4);
+        const auto second = D::word(words + (2 * r + 1) * kWideGroups * 4);
+#pragma GCC unroll 4
+        for (int v = 0; v < NV; ++v) {
+          acc[s][r][v] = D::step(acc[s][r][v], first, second, weight[v]);
+        }
+      }
+    };
     constexpr std::integral_constant<int, 0> kFirst;
     constexpr std::integral_constant<int, 1> kSecond;
     const char* wide_at = wide;
@@ -79,6 +97,9 @@ __attribute__((noinline)) void multiply_tile(const PackedView& w, int64_t panel,
         products(kFirst, s, [&](int r) { return base[r / 4] + (r % 4) * x.stride; });
 #pragma GCC unroll 8
         for (int b = 0; b < (MR + 3) / 4; ++b) base[b] += x.step;
+      } else if constexpr (D::kTogether) {
+        products_together(s, wide_at);
+        wide_at += 4;
       } else {
         products(kFirst, s, [&](int r) { return wide_at + 2 * r * kWideGroups * 4; });
         products(kSecond, s, [&](int r) { return wide_at + (2 * r + 1) * kWideGroups * 4; });

@@ -23,7 +23,11 @@ int64_t multiply(int64_t rounds) {
 #pragma GCC unroll 24
     for (int i = 0; i < kSums; ++i) {
       asm volatile("" : "+v"(word));  // or products of the same numbers are made once
-      acc[i] = D::step(acc[i], word, weight);
+      if constexpr (D::kTogether) {
+        acc[i] = D::step(acc[i], word, word, weight);
+      } else {
+        acc[i] = D::step(acc[i], word, weight);
+      }
     }
   }
   alignas(64) float sink[kLanes];
@@ -31,7 +35,7 @@ int64_t multiply(int64_t rounds) {
   for (int i = 1; i < kSums; ++i) acc[0] = D::sum(acc[0], acc[i]);
   D::put(sink, acc[0]);
   asm volatile("" : : "r"(sink) : "memory");
-  return rounds * kSums * kLanes * group_size(format) / D::kParts;
+  return rounds * kSums * kLanes * group_size(format) / (D::kTogether ? 1 : D::kParts);
 }
 
 int64_t multiply_any(Format format, int64_t rounds) {
