@@ -59,11 +59,18 @@ def onnx_weights(module: nn.RNNBase, cell: Cell) -> dict[str, Array]:
     }
 
 
+def largest_weight() -> int:
+    """The largest quantized weight: 7 bits where products of bytes saturate, as ONNX Runtime's
+    documentation asks for (`reduce_range`)."""
+    return 127 if torch.cpu._is_vnni_supported() else 63
+
+
 def quantize_rows(weight: Array) -> tuple[Array, Array]:
     """Symmetric int8 per output row, laid out as DynamicQuantizeLSTM wants it: `(1, I, 4*H)`."""
-    scale = np.abs(weight).max(axis=2) / 127.0  # (1, 4*H)
+    largest = largest_weight()
+    scale = np.abs(weight).max(axis=2) / largest  # (1, 4*H)
     scale = np.maximum(scale, 1e-12).astype(np.float32)
-    rounded = np.rint(weight / scale[:, :, None]).clip(-127, 127).astype(np.int8)
+    rounded = np.rint(weight / scale[:, :, None]).clip(-largest, largest).astype(np.int8)
     return np.ascontiguousarray(rounded.transpose(0, 2, 1)), scale
 
 
