@@ -137,10 +137,12 @@ void test_bfloat16_as_it_lies() {
   }
 }
 
-// Whole numbers have exact int8 forms, so the sums must be exact, saturation included: 255 x 127.
+// Whole numbers have exact int8 forms, so the sums must be exact, saturation included: 255 x 127,
+// with every pair of signs.
 void test_int8_is_exact() {
   constexpr int64_t k = 1000;
-  std::vector<float> w(2 * kLanes * k, 127.0f);
+  std::vector<float> w(kLanes * k);  // columns of 127 and of -127 in turn
+  for (size_t i = 0; i < w.size(); ++i) w[i] = i / k % 2 == 0 ? 127.0f : -127.0f;
   std::vector<char> memory(static_cast<size_t>(packed_panel_bytes(Format::kInt8, k, 2)) + 64);
   std::vector<float> scale(2 * kLanes);
   std::vector<int32_t> start(2 * kLanes);
@@ -153,14 +155,19 @@ void test_int8_is_exact() {
   PackedView view{aligned(memory), k / 4, packed_panel_bytes(Format::kInt8, k, 2), start.data(),
                   scale.data()};
   std::vector<char> row(static_cast<size_t>(staged_row_bytes(Format::kInt8, k)) + 64);
-  std::vector<float> x(k, 127.0f);
-  const float s = stage_row<Format::kInt8>(reinterpret_cast<const char*>(x.data()),
-                                           Format::kFloat32, k, aligned(row));
-  CHECK_EQ(s, 1.0f);
-  for (const int rows : {1, tile_rows(Format::kInt8, 2)}) {
-    std::vector<float> out(static_cast<size_t>(rows * 2 * kLanes));
-    multiply_rows<Format::kInt8, 2>(rows, view, 0, {aligned(row), 0}, out.data(), 2 * kLanes);
-    for (const float value : out) CHECK_EQ(value, 127.0f * 127.0f * k);
+  std::vector<float> x;
+  for (const float number : {127.0f, -127.0f}) {
+    x.assign(k, number);
+    const float s = stage_row<Format::kInt8>(reinterpret_cast<const char*>(x.data()),
+                                             Format::kFloat32, k, aligned(row));
+    CHECK_EQ(s, 1.0f);
+    for (const int rows : {1, tile_rows(Format::kInt8, 2)}) {
+      std::vector<float> out(static_cast<size_t>(rows * 2 * kLanes));
+      multiply_rows<Format::kInt8, 2>(rows, view, 0, {aligned(row), 0}, out.data(), 2 * kLanes);
+      for (size_t i = 0; i < out.size(); ++i) {
+        CHECK_EQ(out[i], (i % 2 == 0 ? number : -number) * 127.0f * k);
+      }
+    }
   }
 
   // A NaN or an infinity makes the row's scale NaN; a row of zeros has none.
