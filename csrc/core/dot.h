@@ -4,10 +4,10 @@
 // two bf16, four bytes. `Dot<format>` says how a word of the row, broadcast to all lanes, meets a
 // vector of weights: kLanes output columns, the group's k next to each other in each column.
 //
-// Where the processor has no product of halves or bytes, a word comes in two parts, which `widen`
-// makes of kLanes words of a row, once for a whole tile. Each part has products of its own, with
-// the same numbers that weights<part> takes from a vector of weights; or both parts enter one step
-// (kTogether).
+// Where the processor has no product of halves or bytes (kWide), a word comes in two parts, which
+// `widen` makes of kLanes words of a row, once for a whole tile. Either each part has products of
+// its own (kParts is 2), with the same numbers that weights<part> takes from a vector of weights,
+// or `word` reads both and one step takes them.
 #pragma once
 
 #include "core/format.h"
@@ -16,6 +16,9 @@
 namespace encdec {
 namespace ENCDEC_ISA_NAMESPACE {
 
+// Words that are widened at a time: the second part of a word lies so many words behind its first.
+constexpr int64_t kWideGroups = 64;
+
 template <Format format>
 struct Dot;
 
@@ -23,7 +26,7 @@ template <>
 struct Dot<Format::kFloat32> {
   using Acc = Float;
   static constexpr int kParts = 1;
-  static constexpr bool kTogether = false;
+  static constexpr bool kWide = false;
   static ENCDEC_INLINE Acc start() { return zero(); }
   template <int part = 0>
   static ENCDEC_INLINE Float weights(const char* p) {
@@ -65,6 +68,7 @@ struct Dot<Format::kBfloat16> : Dot<Format::kFloat32> {
 template <>
 struct Dot<Format::kBfloat16> : Dot<Format::kFloat32> {
   static constexpr int kParts = 2;
+  static constexpr bool kWide = true;
   template <int part>
   static ENCDEC_INLINE Float half(Int words) {
     return from_bits(part == 0 ? shift_left<16>(words)
@@ -90,7 +94,6 @@ struct Dot<Format::kBfloat16> : Dot<Format::kFloat32> {
 // of columns start where the rows' zero point is taken off.
 struct IntegerSums {
   using Acc = Int;
-  static constexpr bool kTogether = false;
   static ENCDEC_INLINE Acc start() { return izero(); }
   static ENCDEC_INLINE Acc first(const int32_t* starts) { return iload(starts); }
   static ENCDEC_INLINE Int word(const char* p) {
@@ -104,6 +107,7 @@ struct IntegerSums {
 template <>
 struct Dot<Format::kInt8> : IntegerSums {
   static constexpr int kParts = 1;
+  static constexpr bool kWide = false;
   template <int part = 0>
   static ENCDEC_INLINE Int weights(const char* p) {
     return iload(p);
@@ -119,6 +123,7 @@ struct Dot<Format::kInt8> : IntegerSums {
 template <>
 struct Dot<Format::kInt8> : IntegerSums {
   static constexpr int kParts = 2;
+  static constexpr bool kWide = true;
   template <int part>
   static ENCDEC_INLINE Int weights(const char* p) {
     const Int w = iload(p);
@@ -141,8 +146,11 @@ struct Dot<Format::kInt8> : IntegerSums {
 // the signs of the row, of which two products are 32,512 at most.
 template <>
 struct Dot<Format::kInt8> : IntegerSums {
-  static constexpr int kParts = 2;
-  static constexpr bool kTogether = true;
+  static constexpr int kParts = 1;
+  static constexpr bool kWide = true;
+  struct Word {
+    Int magnitudes, signs;
+  };
   static ENCDEC_INLINE Acc first(const int32_t*) { return izero(); }  // widen takes it off
   template <int part = 0>
   static ENCDEC_INLINE Int weights(const char* p) {
@@ -153,8 +161,11 @@ struct Dot<Format::kInt8> : IntegerSums {
     istore(magnitudes, _mm256_abs_epi8(number));
     istore(signs, number);
   }
-  static ENCDEC_INLINE Acc step(Acc acc, Int magnitude, Int sign, Int w) {
-    const Int pairs = _mm256_maddubs_epi16(magnitude, _mm256_sign_epi8(w, sign));
+  static ENCDEC_INLINE Word word(const char* p) {
+    return {IntegerSums::word(p), IntegerSums::word(p + kWideGroups * 4)};
+  }
+  static ENCDEC_INLINE Acc step(Acc acc, Word x, Int w) {
+    const Int pairs = _mm256_maddubs_epi16(x.magnitudes, _mm256_sign_epi8(w, x.signs));
     acc = iadd(acc, madd_halves(pairs, _mm256_set1_epi16(1)));
     asm("" : "+v"(acc));
     return acc;

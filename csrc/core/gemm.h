@@ -78,7 +78,7 @@ constexpr int kBesidePanels = split_sums(NV);
 
 // Whether there are registers for both, and words need not be widened (dot.h).
 template <Format format>
-constexpr bool has_beside = kRegisters == 32 && Dot<format>::kParts == 1;
+constexpr bool has_beside = kRegisters == 32 && !Dot<format>::kWide;
 
 // The tile's side: kBesideRows<NV> staged rows by one panel. The other is one staged row by panels
 // [panel, panel + kBesidePanels<NV>) of w, whose results come side by side.

@@ -8,8 +8,6 @@ namespace encdec {
 namespace ENCDEC_ISA_NAMESPACE {
 namespace {
 
-// Groups of k for which rows are widened at a time, where they must be (dot.h): 512 bytes a row.
-constexpr int64_t kWideGroups = 64;
 static_assert(kSumGroups % kWideGroups == 0 && kWideGroups % kLanes == 0);
 
 // `count` words of a row in two parts, side by side: kWideGroups words each.
@@ -37,7 +35,7 @@ __attribute__((noinline)) void multiply_tile(const PackedView& w, int64_t panel,
 #pragma GCC unroll 8
   for (int b = 0; b < (MR + 3) / 4; ++b) base[b] = x.data + 4 * b * x.stride;
 
-  alignas(64) char wide[D::kParts == 1 ? 64 : MR * 2 * kWideGroups * 4];
+  alignas(64) char wide[D::kWide ? MR * 2 * kWideGroups * 4 : 64];
 
   for (int64_t done = 0; done < w.groups || done == 0;) {
     const int64_t groups = sum_run(format, w.groups - done);
@@ -71,46 +69,27 @@ __attribute__((noinline)) void multiply_tile(const PackedView& w, int64_t panel,
         for (int v = 0; v < NV; ++v) acc[s][r][v] = D::step(acc[s][r][v], word, weight[v]);
       }
     };
-    // The same where both parts of a word enter one step.
-    const auto products_together = [&](int s, auto words) __attribute__((always_inline)) {
-      Int weight[NV];
-#pragma GCC unroll 4
-      for (int v = 0; v < NV; ++v) {
-        weight[v] = D::template weights<0>(p + v * kLanes * weight_group_bytes(format));
-        if constexpr (ahead) __builtin_prefetch(p + w.panel_bytes + v * 64, 0, 2);
-      }
-#pragma GCC unroll 16
-      for (int r = 0; r < MR; ++r) {
-        const auto first = D::word(words + 2 * r * kWideGroups * 4);
-        const auto second = D::word(words + (2 * r + 1) * kWideGroups * 4);
-#pragma GCC unroll 4
-        for (int v = 0; v < NV; ++v) {
-          acc[s][r][v] = D::step(acc[s][r][v], first, second, weight[v]);
-        }
-      }
-    };
     constexpr std::integral_constant<int, 0> kFirst;
     constexpr std::integral_constant<int, 1> kSecond;
     const char* wide_at = wide;
     const auto step = [&](int s) __attribute__((always_inline)) {
-      if constexpr (D::kParts == 1) {
+      if constexpr (!D::kWide) {
         products(kFirst, s, [&](int r) { return base[r / 4] + (r % 4) * x.stride; });
 #pragma GCC unroll 8
         for (int b = 0; b < (MR + 3) / 4; ++b) base[b] += x.step;
-      } else if constexpr (D::kTogether) {
-        products_together(s, wide_at);
-        wide_at += 4;
       } else {
         products(kFirst, s, [&](int r) { return wide_at + 2 * r * kWideGroups * 4; });
-        products(kSecond, s, [&](int r) { return wide_at + (2 * r + 1) * kWideGroups * 4; });
+        if constexpr (D::kParts == 2) {
+          products(kSecond, s, [&](int r) { return wide_at + (2 * r + 1) * kWideGroups * 4; });
+        }
         wide_at += 4;
       }
       p += kStep;
     };
-    const int64_t at_a_time = D::kParts == 1 ? groups : kWideGroups;
+    const int64_t at_a_time = D::kWide ? kWideGroups : groups;
     for (int64_t first = 0; first < groups; first += at_a_time) {
       int64_t g = groups - first < at_a_time ? groups - first : at_a_time;
-      if constexpr (D::kParts == 2) {
+      if constexpr (D::kWide) {
         for (int r = 0; r < MR; ++r) {
           const char* const words = x.data + r * x.stride + (done + first) * 4;
           widen_row<D>(words, g, wide + 2 * r * kWideGroups * 4);

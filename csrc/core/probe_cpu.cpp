@@ -9,10 +9,9 @@ template <Format format>
 int64_t multiply(int64_t rounds) {
   using D = Dot<format>;
   constexpr int kSums = kRegisters == 32 ? 24 : 12;
-  alignas(64) char one[64] = {};
-  auto word = D::word(one);
+  alignas(64) char one[2 * kWideGroups * 4] = {};
+  const auto word = D::word(one);
   auto weight = D::template weights<0>(one);
-  asm volatile("" : "+v"(weight));  // or the compiler sees that it is zero
   typename D::Acc acc[kSums];
 #pragma GCC unroll 24
   for (int i = 0; i < kSums; ++i) {
@@ -22,12 +21,8 @@ int64_t multiply(int64_t rounds) {
   for (int64_t n = 0; n < rounds; ++n) {
 #pragma GCC unroll 24
     for (int i = 0; i < kSums; ++i) {
-      asm volatile("" : "+v"(word));  // or products of the same numbers are made once
-      if constexpr (D::kTogether) {
-        acc[i] = D::step(acc[i], word, word, weight);
-      } else {
-        acc[i] = D::step(acc[i], word, weight);
-      }
+      asm volatile("" : "+v"(weight));  // or products of the same numbers are made once
+      acc[i] = D::step(acc[i], word, weight);
     }
   }
   alignas(64) float sink[kLanes];
@@ -35,7 +30,7 @@ int64_t multiply(int64_t rounds) {
   for (int i = 1; i < kSums; ++i) acc[0] = D::sum(acc[0], acc[i]);
   D::put(sink, acc[0]);
   asm volatile("" : : "r"(sink) : "memory");
-  return rounds * kSums * kLanes * group_size(format) / (D::kTogether ? 1 : D::kParts);
+  return rounds * kSums * kLanes * group_size(format) / D::kParts;
 }
 
 int64_t multiply_any(Format format, int64_t rounds) {
