@@ -10,6 +10,7 @@ int64_t multiply(int64_t rounds) {
   using D = Dot<format>;
   constexpr int kSums = kRegisters == 32 ? 24 : 12;
   alignas(64) char one[2 * kWideGroups * 4] = {};
+  asm volatile("" : : "r"(one) : "memory");  // or the compiler sees that all are zero
   const auto word = D::word(one);
   auto weight = D::template weights<0>(one);
   typename D::Acc acc[kSums];
