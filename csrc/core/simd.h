@@ -39,6 +39,7 @@ ENCDEC_INLINE Float mul(Float a, Float b) { return _mm512_mul_ps(a, b); }
 ENCDEC_INLINE Float div(Float a, Float b) { return _mm512_div_ps(a, b); }
 ENCDEC_INLINE Float fma(Float a, Float b, Float c) { return _mm512_fmadd_ps(a, b, c); }    // ab + c
 ENCDEC_INLINE Float fnma(Float a, Float b, Float c) { return _mm512_fnmadd_ps(a, b, c); }  // c - ab
+ENCDEC_INLINE Float fmsub(Float a, Float b, Float c) { return _mm512_fmsub_ps(a, b, c); }  // ab - c
 // The second operand is what comes out when either is NaN: put the variable there.
 ENCDEC_INLINE Float min(Float a, Float b) { return _mm512_min_ps(a, b); }
 ENCDEC_INLINE Float max(Float a, Float b) { return _mm512_max_ps(a, b); }
@@ -78,6 +79,8 @@ template <int n>
 ENCDEC_INLINE Int shift_right(Int v) {  // zeros come in
   return _mm512_srli_epi32(v, n);
 }
+// Entry i of a table of kLanes, i the last bits of a lane's index.
+ENCDEC_INLINE Int lookup(Int table, Int index) { return _mm512_permutexvar_epi32(index, table); }
 // Both 16-bit halves of every lane by themselves.
 template <int n>
 ENCDEC_INLINE Int shift_left_halves(Int v) {
@@ -231,6 +234,7 @@ ENCDEC_INLINE Float mul(Float a, Float b) { return _mm256_mul_ps(a, b); }
 ENCDEC_INLINE Float div(Float a, Float b) { return _mm256_div_ps(a, b); }
 ENCDEC_INLINE Float fma(Float a, Float b, Float c) { return _mm256_fmadd_ps(a, b, c); }
 ENCDEC_INLINE Float fnma(Float a, Float b, Float c) { return _mm256_fnmadd_ps(a, b, c); }
+ENCDEC_INLINE Float fmsub(Float a, Float b, Float c) { return _mm256_fmsub_ps(a, b, c); }
 ENCDEC_INLINE Float min(Float a, Float b) { return _mm256_min_ps(a, b); }
 ENCDEC_INLINE Float max(Float a, Float b) { return _mm256_max_ps(a, b); }
 ENCDEC_INLINE Float abs(Float a) { return _mm256_andnot_ps(_mm256_set1_ps(-0.0f), a); }
@@ -263,6 +267,7 @@ template <int n>
 ENCDEC_INLINE Int shift_right(Int v) {  // zeros come in
   return _mm256_srli_epi32(v, n);
 }
+ENCDEC_INLINE Int lookup(Int table, Int index) { return _mm256_permutevar8x32_epi32(table, index); }
 template <int n>
 ENCDEC_INLINE Int shift_left_halves(Int v) {
   return _mm256_slli_epi16(v, n);
