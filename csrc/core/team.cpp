@@ -39,28 +39,32 @@ void futex(std::atomic<uint32_t>* word, int operation, uint32_t value) {
 
 void Barrier::wait(int members) {
   if (members <= 1) return;
-  const uint32_t round = round_.load(std::memory_order_acquire);
-  if (arrived_.fetch_add(1, std::memory_order_acq_rel) + 1 == static_cast<uint32_t>(members)) {
-    arrived_.store(0, std::memory_order_relaxed);
-    round_.store(round + 1, std::memory_order_seq_cst);
-    if (sleepers_.load(std::memory_order_seq_cst) != 0) futex(&round_, FUTEX_WAKE, INT_MAX);
+  const uint32_t n = static_cast<uint32_t>(members);
+  const uint32_t before = arrivals_.fetch_add(1, std::memory_order_seq_cst);
+  const uint32_t complete = before - before % n + n;
+  if (before + 1 == complete) {
+    if (sleepers_.load(std::memory_order_seq_cst) != 0) futex(&arrivals_, FUTEX_WAKE, INT_MAX);
     return;
   }
   // Most waits end within a microsecond; the clock is read only once that has passed.
   for (int i = 0; i < 256; ++i) {
-    if (round_.load(std::memory_order_acquire) != round) return;
+    if (arrivals_.load(std::memory_order_acquire) >= complete) return;
     relax();
   }
   using Clock = std::chrono::steady_clock;
   const auto deadline = Clock::now() + std::chrono::microseconds(20);
   while (Clock::now() < deadline) {
     for (int i = 0; i < 16; ++i) {
-      if (round_.load(std::memory_order_acquire) != round) return;
+      if (arrivals_.load(std::memory_order_acquire) >= complete) return;
       relax();
     }
   }
   sleepers_.fetch_add(1, std::memory_order_seq_cst);
-  while (round_.load(std::memory_order_seq_cst) == round) futex(&round_, FUTEX_WAIT, round);
+  for (;;) {
+    const uint32_t now = arrivals_.load(std::memory_order_seq_cst);
+    if (now >= complete) break;
+    futex(&arrivals_, FUTEX_WAIT, now);
+  }
   sleepers_.fetch_sub(1, std::memory_order_relaxed);
 }
 

@@ -12,14 +12,15 @@ namespace encdec {
 
 class Barrier {
  public:
-  // Returns when `members` threads have called it. Everything that a member wrote before is visible
-  // to all members afterwards.
+  // Returns when `members` threads have called it, as many each time. Everything that a member
+  // wrote before is visible to all members afterwards.
   void wait(int members);
 
  private:
-  alignas(64) std::atomic<uint32_t> arrived_{0};
-  alignas(64) std::atomic<uint32_t> round_{0};
-  std::atomic<uint32_t> sleepers_{0};
+  // One line passes from core to core: what the last to arrive writes is what the others wait for.
+  // It counts up, never back; no team lives for 2^32 arrivals.
+  alignas(64) std::atomic<uint32_t> arrivals_{0};
+  alignas(64) std::atomic<uint32_t> sleepers_{0};
 };
 
 // Calls body(rank, size, context) on each member. `size` is what OpenMP granted, never just what
