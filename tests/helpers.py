@@ -96,6 +96,14 @@ PROJECTED = {
 # One sequence, long and wide enough for input products beside its steps (docs/design.md).
 ALONE = _case("bidirectional num_layers=2", T=29, B=1, I=20, H=136, states=True)
 
+# As many sequences for each of two threads, small enough a network: sequences over threads.
+APART = {
+    "equal": _case("num_layers=2 batch_first", T=23, B=16, I=20, H=72, states=True),
+    "odd": _case(T=20, B=33, I=40, H=50),
+    "lengths": _case("batch_first", ragged="lengths", T=25, B=18, I=20, H=72, states=True),
+    "packed": _case("num_layers=2", ragged="packed", T=25, B=16, I=20, H=72, states=True),
+}
+
 
 def lengths_of(case: Case) -> Tensor:
     """B lengths from 1 to T, in no order, with both extremes."""

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import copy
 import warnings
+from dataclasses import replace
 from typing import Any
 
 import torch
 from helpers import (
     ALONE,
+    APART,
     FUNCTIONS,
     OURS,
     Case,
@@ -308,3 +310,37 @@ def check_alone(kind: str) -> None:
         for T, B in [(40, 2), (10, 1)]:
             plan = encdec_fast.explain(module, torch.randn(T, B, 64)).plan
             assert "time chunks" in plan and beside not in plan
+
+
+def check_apart(kind: str) -> None:
+    """Where sequences are shared out, not hidden units.
+
+    Of equal lengths, a thread count changes no bit: where fewer rows run, their sums are split.
+    """
+    words = "sequences over threads"
+    for name, case in APART.items():
+        for dtype in (torch.float32, torch.bfloat16, torch.float16):
+            check_forward(kind, case, dtype, "cpu")
+        for dtype in (torch.float32, torch.bfloat16):
+            # Of few steps: a weight's gradient sums over all rows at once, torch's step by step.
+            check_gradients(kind, replace(case, T=9), dtype, "cpu")
+        module = make_modules(kind, case, torch.float32)[-1].eval()
+        data = make_data(kind, case, torch.float32)
+        for weight_dtype in (None, torch.bfloat16, "int8"):
+            module.weight_dtype = weight_dtype
+            with use_backend("cpu"), torch.no_grad():
+                expected = call(module, case, data)
+                with two_threads():
+                    results = call(module, case, data)
+            for result, true in zip(results, expected, strict=True):
+                if case.ragged:
+                    torch.testing.assert_close(result, true, atol=2e-6, rtol=0)
+                else:
+                    assert torch.equal(result, true), (name, weight_dtype)
+        with use_backend("cpu"), two_threads():
+            x = torch.randn(case.T, case.B, case.I)
+            one = OURS[kind](case.I, case.H)
+            assert words in encdec_fast.explain(one, x).plan
+            both = OURS[kind](case.I, case.H, bidirectional=True)
+            assert words not in encdec_fast.explain(both, x).plan
+            assert words not in encdec_fast.explain(one, x[:, :3]).plan

@@ -86,3 +86,7 @@ def test_runs_on(backend: str) -> None:
 
 def test_one_sequence_alone(native: None) -> None:
     checks.check_alone("gru")
+
+
+def test_sequences_over_threads(native: None) -> None:
+    checks.check_apart("gru")

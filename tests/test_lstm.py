@@ -105,6 +105,10 @@ def test_one_sequence_alone(native: None) -> None:
     checks.check_alone("lstm")
 
 
+def test_sequences_over_threads(native: None) -> None:
+    checks.check_apart("lstm")
+
+
 @pytest.mark.parametrize("grad", [False, True])
 @pytest.mark.parametrize("name", ["plain", "everything", "lengths, everything", "packed"])
 def test_cell_states(name: str, grad: bool, backend: str) -> None:

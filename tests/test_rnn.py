@@ -97,3 +97,8 @@ def test_runs_on(kind: str, backend: str) -> None:
 @KINDS
 def test_one_sequence_alone(kind: str, native: None) -> None:
     checks.check_alone(kind)
+
+
+@KINDS
+def test_sequences_over_threads(kind: str, native: None) -> None:
+    checks.check_apart(kind)

@@ -31,19 +31,28 @@ struct Shape {
   bool projected;  // P is the size of h = W_hr m, m the cell's own output
 };
 
+// A member of a team may walk sequences of its own: rows `first`, `first + every`, ... of every
+// step are its rows 0, 1, ...; `active` and `row` are about these.
 struct Sequences {
   int64_t T = 0, B = 0;
   const int64_t* sizes = nullptr;   // [T] rows running at each step, not rising; null: always B
   const int64_t* starts = nullptr;  // [T + 1] their running sum; null with sizes null
   const int64_t* order = nullptr;   // [B] row -> batch position; null: the same
   bool packed = false;              // tensors hold the rows of each step one behind the other
+  int64_t first = 0, every = 1;
 
-  int64_t active(int64_t t) const { return sizes ? sizes[t] : B; }
+  __attribute__((always_inline)) int64_t active(int64_t t) const {
+    const int64_t all = sizes ? sizes[t] : B;
+    return every == 1 ? all : (all - first + every - 1) / every;
+  }
+  __attribute__((always_inline)) int64_t row(int64_t r) const { return first + r * every; }
   __attribute__((always_inline)) int64_t row_start(int64_t t) const {
     return starts ? starts[t] : t * B;
   }
   int64_t rows() const { return row_start(T); }
-  __attribute__((always_inline)) int64_t position(int64_t r) const { return order ? order[r] : r; }
+  __attribute__((always_inline)) int64_t position(int64_t r) const {
+    return order ? order[row(r)] : row(r);
+  }
 };
 
 // A tensor of one vector per step and row; the last dimension is contiguous.
@@ -54,7 +63,7 @@ struct StepTensor {
 
   // Inlined wherever it is used: a kernel's copy must not be linked into other code.
   __attribute__((always_inline)) char* at(const Sequences& s, int64_t t, int64_t r) const {
-    if (s.packed) return data + (s.row_start(t) + r) * row_stride;
+    if (s.packed) return data + (s.row_start(t) + s.row(r)) * row_stride;
     return data + t * step_stride + s.position(r) * row_stride;
   }
 };
@@ -81,7 +90,8 @@ struct Forward {
   int directions = 1;
   Direction direction[2];
   int threads = 1;
-  int64_t chunk_rows = 0;  // rows of input products held at a time
+  bool apart = false;      // a member walks sequences of its own, with all hidden units
+  int64_t chunk_rows = 0;  // rows of input products held at a time, by a member where `apart`
   int beside_rows = 0;     // rows whose input products are made beside steps: rows_beside, or 0
   char* workspace = nullptr;
 };

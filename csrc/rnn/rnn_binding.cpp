@@ -261,6 +261,7 @@ std::vector<Tensor> rnn_forward(int64_t cell_number, Tensor input, std::vector<T
   const Plan plan = make_plan(f.shape, rows, f.directions, f.format,
                               static_cast<int>(torch::stable::get_num_threads()));
   f.threads = plan.threads;
+  f.apart = plan.apart;
   f.chunk_rows = plan.chunk_rows;
   f.beside_rows = plan.beside_rows;
   const int64_t block = pack_here ? round_up(chosen().packed_bytes(f.shape, f.format), 64) : 0;

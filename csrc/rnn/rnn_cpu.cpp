@@ -77,8 +77,7 @@ struct ForwardWorkspace {
   const Forward& f;
   template <Cell cell, Format format>
   int64_t operator()() const {
-    const bool side_by_side = f.directions == 2 && f.threads > 1;
-    return forward_places<cell, format>(f).bytes * (side_by_side ? 2 : 1);
+    return forward_workspace<cell, format>(f);
   }
 };
 

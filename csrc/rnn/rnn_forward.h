@@ -49,14 +49,15 @@ class ForwardRun : ForwardCells<cell, format> {
     barrier_.wait(members_);
     int now = 0;
     bool started = false;
-    Chunk chunk = chunk_after({first_step(), first_step(), 0});
+    Chunk chunk = chunk_after({first_step(), first_step(), 0, 0});
     input_products(chunk);
     while (chunk.begin < chunk.end) {
       const Chunk next = chunk_after(chunk);
       if (beside_) begin_ahead(next);
+      int64_t gate_row = chunk.gate_row + (dir_.reverse ? chunk.rows : 0);
       for (int64_t i = 0; i < chunk.end - chunk.begin; ++i) {
         const int64_t t = dir_.reverse ? chunk.end - 1 - i : chunk.begin + i;
-        const int64_t gate_row = chunk.gate_row + q_.row_start(t) - q_.row_start(chunk.begin);
+        if (dir_.reverse) gate_row -= q_.active(t);
         const bool h_is_zero = !started && !dir_.h0;
         if (beside_ && !h_is_zero) {
           step_beside(t, gate_row, now);
@@ -64,6 +65,7 @@ class ForwardRun : ForwardCells<cell, format> {
           step(t, gate_row, now, h_is_zero);
         }
         end_step(t, now ^ 1);
+        if (!dir_.reverse) gate_row += q_.active(t);
         started = true;
         now ^= 1;
       }
@@ -78,9 +80,9 @@ class ForwardRun : ForwardCells<cell, format> {
   }
 
  private:
-  // Steps [begin, end), and where their rows' input products begin in gates().
+  // Steps [begin, end), and where their rows' input products are in gates().
   struct Chunk {
-    int64_t begin, end, gate_row;
+    int64_t begin, end, gate_row, rows;
   };
   int64_t first_step() const { return dir_.reverse ? q_.T : 0; }
 
@@ -99,12 +101,11 @@ class ForwardRun : ForwardCells<cell, format> {
     const int64_t most = !beside_             ? call_.chunk_rows
                          : at == first_step() ? first_beside()
                                               : kBesideRows<NV>;
-    Chunk next{at, at, beside_ && chunk.gate_row == 0 ? kBesideRows<NV> : 0};
-    int64_t rows = 0;
+    Chunk next{at, at, beside_ && chunk.gate_row == 0 ? kBesideRows<NV> : 0, 0};
     while (dir_.reverse ? next.begin > 0 : next.end < q_.T) {
       const int64_t more = q_.active(dir_.reverse ? next.begin - 1 : next.end);
-      if (rows > 0 && rows + more > most) break;
-      rows += more;
+      if (next.rows > 0 && next.rows + more > most) break;
+      next.rows += more;
       dir_.reverse ? --next.begin : ++next.end;
     }
     return next;
@@ -135,10 +136,14 @@ class ForwardRun : ForwardCells<cell, format> {
   int64_t stage_input(int64_t& t, int64_t& r, int64_t end) {
     const int64_t stride = staged_row_bytes(format, s_.I);
     int64_t n = 0;
-    for (; n < places_.stage_rows && t < end; ++n) {
+    while (n < places_.stage_rows && t < end) {
+      if (r == q_.active(t)) {  // at once where none of a member's own sequences runs any more
+        ++t, r = 0;
+        continue;
+      }
       input_scale()[n] = stage_row<format>(call_.input.at(q_, t, r), call_.dtype, s_.I,
                                            staged_input() + n * stride);
-      if (++r == q_.active(t)) ++t, r = 0;
+      ++n, ++r;
     }
     return n;
   }
@@ -335,11 +340,42 @@ class ForwardRun : ForwardCells<cell, format> {
   Ahead ahead_{};
 };
 
+// The part of a call that one of `members` does by itself where sequences are what is shared out.
+inline Forward own_sequences(const Forward& f, int rank, int members) {
+  Forward own = f;
+  own.sequences.first = rank;
+  own.sequences.every = members;
+  own.shape.B = (f.shape.B - rank + members - 1) / members;
+  own.threads = 1;
+  return own;
+}
+
+template <Cell cell, Format format>
+inline int64_t forward_workspace(const Forward& f) {
+  const int64_t whole = forward_places<cell, format>(f).bytes;
+  if (f.apart) {
+    // OpenMP may grant fewer threads, and then hidden units are shared out after all.
+    const Forward largest = own_sequences(f, 0, f.threads);
+    const int64_t parts = f.threads * forward_places<cell, format>(largest).bytes;
+    return parts > whole ? parts : whole;
+  }
+  return f.directions == 2 && f.threads > 1 ? 2 * whole : whole;
+}
+
 template <Cell cell, Format format>
 inline void run_forward(const Forward& f) {
   const int64_t stride = forward_places<cell, format>(f).bytes;
   Barrier barriers[2];
   auto body = [&](int rank, int size) {
+    if (f.apart && size == f.threads) {
+      const Forward own = own_sequences(f, rank, size);
+      const int64_t largest = forward_places<cell, format>(own_sequences(f, 0, size)).bytes;
+      for (int d = 0; d < f.directions; ++d) {
+        char* const workspace = f.workspace + rank * largest;
+        ForwardRun<cell, format>(own, own.direction[d], workspace, barriers[0], 0, 1).run();
+      }
+      return;
+    }
     // Two directions side by side need no barrier between them: half of the team each.
     if (f.directions == 2 && size > 1) {
       const int half = size / 2, d = rank >= half;

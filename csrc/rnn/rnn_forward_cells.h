@@ -111,6 +111,10 @@ class ForwardCells {
   }
   char* m_row(int64_t r) const { return work_ + places_.m + r * staged_row_bytes(kExchange, s_.H); }
 
+  char* saved_gates_row(int64_t t, int64_t r) const {
+    return dir_.gates + (q_.row_start(t) + q_.row(r)) * 4 * s_.H * esize_;
+  }
+
   float* row_scale() const { return reinterpret_cast<float*>(member() + places_.member_h_scale); }
 
   // The initial state into the buffers. With unequal lengths and reversed time rows join later, at
@@ -148,7 +152,7 @@ class ForwardCells {
   void prefetch_results(int64_t b, int64_t t, int64_t row, int rows) const {
     const int64_t unit = b * Bl::kUnits * esize_;
     for (int64_t r = row; r < row + rows; ++r) {
-      const char* gates = dir_.gates + (q_.row_start(t) + r) * 4 * s_.H * esize_ + unit;
+      const char* gates = saved_gates_row(t, r) + unit;
       for (int i = 0; i < 4 && !stream_gates_; ++i) {
         __builtin_prefetch(gates + i * s_.H * esize_, 1);
       }
@@ -210,7 +214,7 @@ class ForwardCells {
   }
 
   void save_gates(int64_t t, int64_t r, int64_t unit, int n, Float a, Float b, Float c, Float d) {
-    char* p = dir_.gates + ((q_.row_start(t) + r) * 4 * s_.H + unit) * esize_;
+    char* p = saved_gates_row(t, r) + unit * esize_;
     const auto put = [&](int64_t gate, Float x) __attribute__((always_inline)) {
       char* to = p + gate * s_.H * esize_;
       if (stream_gates_) {

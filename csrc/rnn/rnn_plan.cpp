@@ -3,6 +3,8 @@
 #include <algorithm>
 #include <numeric>
 
+#include "core/amx.h"
+
 namespace encdec::rnn {
 namespace {
 
@@ -20,6 +22,19 @@ constexpr double kFlopsPerMicrosecond = 200e3;
 constexpr double kWeightBytesPerMicrosecond = 200e3;
 constexpr double kTeamMicroseconds = 3.0;
 constexpr double kBarrierMicroseconds = 0.25;
+
+// Sequences over threads instead of hidden units: no barrier and no line of the state that two
+// cores write, but each core reads all of W_hh for its part of the rows. That pays where it lies in
+// L2, where a part is large enough for the multiply-adds to take longer than the reading, and where
+// parts are equal.
+bool sequences_apart(const Shape& s, double weight_bytes, Format format, int threads) {
+  constexpr int64_t kLeastSteps = 4;
+  const bool matrix_unit = amx_chosen && (format == Format::kBfloat16 || format == Format::kInt8);
+  const double l2 = static_cast<double>(cache_sizes().l2);
+  const int64_t least = weight_bytes <= l2 / 2 ? 4 : 8, most = (s.B + threads - 1) / threads;
+  return !matrix_unit && weight_bytes <= l2 && s.T >= kLeastSteps && s.B / threads >= least &&
+         most * threads * 16 <= s.B * 17;
+}
 
 }  // namespace
 
@@ -43,9 +58,10 @@ Plan make_plan(const Shape& s, int64_t rows, int directions, Format format, int 
   const int64_t most = std::max<int64_t>(1, (s.H + 15) / 16) * directions;
   const int team = static_cast<int>(std::min<int64_t>(available, most));
   p.threads = team > 1 && microseconds(team) < microseconds(1) ? team : 1;
+  p.apart = directions == 1 && p.threads > 1 && sequences_apart(s, bytes, format, p.threads);
 
   const int64_t row_bytes = static_cast<int64_t>(gates) * round_up(s.H, 32) * 4;
-  const int64_t side_by_side = directions == 2 && p.threads > 1 ? 2 : 1;
+  const int64_t side_by_side = p.apart ? p.threads : directions == 2 && p.threads > 1 ? 2 : 1;
   p.chunk_rows = std::max(kGateBytes / (row_bytes * side_by_side), kLeastChunkRows);
   p.chunk_rows = std::min(std::max(p.chunk_rows, s.B), std::max<int64_t>(rows, 1));
   const int members = directions == 2 && p.threads > 1 ? p.threads / 2 : p.threads;
@@ -69,7 +85,11 @@ std::string describe(const Plan& p, const Shape& s, int directions) {
   const double mb = static_cast<double>(p.chunk_rows) * gate_count(s.cell) * s.H * 4 / 1e6;
   std::string text = std::to_string(p.threads) + (p.threads == 1 ? " thread" : " threads");
   if (p.threads > 1 && directions == 2) text += ", directions side by side";
-  if (p.threads > directions) text += ", hidden units over threads";
+  if (p.apart) {
+    text += ", sequences over threads";
+  } else if (p.threads > directions) {
+    text += ", hidden units over threads";
+  }
   if (p.beside_rows > 0) {
     return text + ", input products of " + std::to_string(p.beside_rows) + " rows beside the steps";
   }

@@ -11,6 +11,7 @@ namespace encdec::rnn {
 struct Plan {
   int threads;
   int64_t chunk_rows;
+  bool apart = false;   // Forward::apart
   int beside_rows = 0;  // Forward::beside_rows
 };
 

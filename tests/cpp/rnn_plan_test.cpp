@@ -28,6 +28,28 @@ void run_tests() {
   CHECK_EQ(tensor.at(packed, 2, 1) - memory, 10 * 8);
   CHECK_EQ(tensor.at(q, 2, 1) - memory, 2 * 100 + 3 * 8);
 
+  // The rows of one member of three: 1 and 4 of the first step, 1 of the second and third.
+  Sequences own = q;
+  own.first = 1;
+  own.every = 3;
+  const int64_t own_sizes[] = {2, 1, 1, 1, 1};
+  for (int i = 0; i < 5; ++i) CHECK_EQ(own.active(i), own_sizes[i]);
+  CHECK_EQ(own.position(1), rows[4]);
+  own = packed;
+  own.first = 1;
+  own.every = 3;
+  CHECK_EQ(tensor.at(own, 0, 1) - memory, 4 * 8);
+
+  // Sequences over threads: enough of them, as many for each, and weights that L2 holds.
+  const auto apart = [](int64_t T, int64_t B, int64_t H, int directions, int threads) {
+    const Shape s{Cell::kLstm, T, B, H, H, H, false};
+    return make_plan(s, T * B, directions, Format::kFloat32, threads).apart;
+  };
+  CHECK(apart(50, 8, 64, 1, 2) && apart(50, 33, 64, 1, 2) && apart(50, 12, 64, 1, 3));
+  CHECK(!apart(50, 8, 64, 2, 2) && !apart(50, 8, 64, 1, 1));
+  CHECK(!apart(50, 6, 64, 1, 2) && !apart(50, 9, 64, 1, 2));
+  CHECK(!apart(1, 64, 64, 1, 2) && !apart(50, 64, 2048, 1, 2));
+
   for (const Cell cell : {Cell::kLstm, Cell::kGru, Cell::kTanh}) {
     for (const int64_t B : {1, 8, 5000}) {
       for (const int64_t H : {1, 16, 1024}) {

@@ -5,6 +5,7 @@
 
 #include <cmath>
 #include <functional>
+#include <utility>
 #include <vector>
 
 #include "buffers.h"
@@ -71,7 +72,8 @@ struct Layer {
   }
 
   // beside_rows: rows whose input products are made beside the steps; 0: a chunk's before them.
-  void forward(const Kernels& k, Format format, int beside_rows = 0) {
+  // apart: a member takes sequences, not hidden units.
+  void forward(const Kernels& k, Format format, int beside_rows = 0, bool apart = false) {
     const Shape& s = c.shape;
     Lines packed(k.packed_bytes(s, format));
     k.pack(s, weights(), format, c.threads, packed.data);
@@ -98,6 +100,7 @@ struct Layer {
     d.c_n = chars(c_n);
     if (saved_gates(s.cell) > 0) d.gates = chars(gates);
     f.threads = c.threads;
+    f.apart = apart;
     f.beside_rows = beside_rows;
     f.chunk_rows = beside_rows > 0 ? 2 * beside_rows : c.chunk_rows;
     Lines workspace(k.forward_workspace(f));
@@ -153,15 +156,51 @@ struct Layer {
   }
 };
 
-void test_forward(const Kernels& k, const Case& c, Format format, double tolerance) {
-  Layer layer(c);
-  layer.forward(k, format);
+void check_forward(Layer& layer, double tolerance) {
   std::vector<double> out, h, cell;
   layer.reference(out, h, cell);
   for (size_t i = 0; i < out.size(); ++i) CHECK_NEAR(layer.y[i], out[i], tolerance);
   for (size_t i = 0; i < h.size(); ++i) CHECK_NEAR(layer.h_n[i], h[i], tolerance);
-  if (c.shape.cell == Cell::kLstm) {
+  if (layer.c.shape.cell == Cell::kLstm) {
     for (size_t i = 0; i < cell.size(); ++i) CHECK_NEAR(layer.c_n[i], cell[i], 2 * tolerance);
+  }
+}
+
+void test_forward(const Kernels& k, const Case& c, Format format, double tolerance) {
+  Layer layer(c);
+  layer.forward(k, format);
+  check_forward(layer, tolerance);
+}
+
+void check_same(const Layer& a, const Layer& b) {
+  const Cell cell = a.c.shape.cell;
+  CHECK(a.y == b.y);
+  CHECK(a.h_n == b.h_n);
+  CHECK(cell != Cell::kLstm || (a.c_n == b.c_n && a.cells == b.cells));
+  CHECK(saved_gates(cell) == 0 || a.gates == b.gates);
+}
+
+// Sequences over threads: of equal lengths bit for bit what hidden units over threads give. Where
+// few rows run, their sums are split.
+void test_apart(const Kernels& k, Cell cell, Format format, double tolerance) {
+  for (int variant = 0; variant < 8; ++variant) {
+    const bool projected = cell == Cell::kLstm && variant % 3 == 2;
+    const bool unequal = variant / 4 == 1;
+    const int threads = 2 + variant % 2;
+    const Case c{{cell, 7, 8 * threads + variant, 20, 50, projected ? 30 : 50, projected},
+                 variant / 2 % 2 == 1,
+                 unequal,
+                 true,
+                 threads};
+    Layer layer(c);
+    layer.forward(k, format);
+    const Layer plain = layer;
+    layer.forward(k, format, 0, true);
+    if (unequal) {
+      check_forward(layer, tolerance);
+    } else {
+      check_same(layer, plain);
+    }
   }
 }
 
@@ -188,10 +227,7 @@ void test_beside(const Kernels& k, Isa isa, Cell cell, Format format) {
     layer.forward(k, format);
     const Layer plain = layer;
     layer.forward(k, format, rows);
-    CHECK(layer.y == plain.y);
-    CHECK(layer.h_n == plain.h_n);
-    CHECK(cell != Cell::kLstm || (layer.c_n == plain.c_n && layer.cells == plain.cells));
-    CHECK(saved_gates(cell) == 0 || layer.gates == plain.gates);
+    check_same(layer, plain);
   }
   // Too few steps, more than one sequence, too few units for each member.
   const auto rows = [&](int64_t T, int64_t B, int64_t H) {
@@ -277,9 +313,13 @@ void run_tests() {
     if (!use_isa(isa)) continue;
     const Kernels& k = kernels(isa);
     for (const Cell cell : {Cell::kLstm, Cell::kGru, Cell::kTanh, Cell::kRelu}) {
-      for (const Format format :
-           {Format::kFloat32, Format::kBfloat16, Format::kFloat16, Format::kInt8}) {
+      const double scale = cell == Cell::kRelu ? 40 : 1;
+      for (const auto& [format, tolerance] : {std::pair{Format::kFloat32, 5e-6 * scale},
+                                              {Format::kBfloat16, 5e-2 * scale},
+                                              {Format::kFloat16, 2e-2 * scale},
+                                              {Format::kInt8, 0.1 * scale}}) {
         test_beside(k, isa, cell, format);
+        test_apart(k, cell, format, tolerance);
       }
       for (const int64_t H : {1, 33}) {
         for (int variant = 0; variant < 8; ++variant) {
@@ -289,7 +329,6 @@ void run_tests() {
                        variant / 2 % 2 == 1,
                        variant != 4,
                        1 + variant / 4};
-          const double scale = cell == Cell::kRelu ? 40 : 1;
           test_forward(k, c, Format::kFloat32, 5e-6 * scale);
           test_forward(k, c, Format::kBfloat16, 5e-2 * scale);
           test_forward(k, c, Format::kFloat16, 2e-2 * scale);
