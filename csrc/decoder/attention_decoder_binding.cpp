@@ -236,7 +236,7 @@ std::vector<Tensor> attention_decoder_backward(
   f.grad_weights = reinterpret_cast<const float*>(data(grad_weights));
   f.grad_query_weight = data(result[9]);
   f.grad_context = data(result[10]);
-  const rnn::Plan plan = rnn::make_backward_plan(in.shape, T * B, threads());
+  const rnn::Plan plan = rnn::make_backward_plan(in.shape, T * B, in.dtype, threads());
   f.rnn.threads = plan.threads;
   f.rnn.chunk_rows = plan.chunk_rows;
   const int64_t own = round_up(recurrent().backward_workspace(f.rnn), 64);

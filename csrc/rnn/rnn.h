@@ -137,6 +137,7 @@ struct Backward {
   BackwardDirection direction[2];
   int64_t fed = 0;  // numbers that enter a step beside input and state, by a Feed
   int threads = 1;
+  bool apart = false;  // a member walks rows of its own, with all hidden units, through a chunk
   int64_t chunk_rows = 0;
   char* workspace = nullptr;
 };

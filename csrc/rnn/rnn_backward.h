@@ -2,8 +2,9 @@
 //
 // A member owns blocks of hidden units. Per step, latest first: the gates' gradients of its units,
 // a barrier, then its columns of (gates' gradients) x W_hh, which is what reaches the state one
-// step earlier. The gates' gradients of a chunk of time are kept; from them come, as large
-// products,
+// step earlier. Or a member does that for rows of its own and all units, without a barrier, as
+// forward does (rnn_plan.cpp, `apart`). The gates' gradients of a chunk of time are kept; from them
+// come, as large products,
 //     grad_input = dG W_ih,    grad W_ih += dG' X,    grad W_hh += dG' H_previous.
 //
 // A row of dG is laid out in segments of `padded` units: LSTM i f g o. The GRU's new gate has two
@@ -29,16 +30,16 @@ struct Segments {
 };
 
 struct BackwardPlaces {
-  int64_t padded;          // units per segment
-  int64_t row_bytes;       // of dG
-  int64_t w_hh, w_ih;      // packed, k over gates
-  int64_t gate_grads;      // staged rows of dG [chunk rows]
-  int64_t dh, dc;          // float [B][padded]
-  int64_t bias;            // float [padded / kLanes][segments][sum, error][kLanes]
-  int64_t sum_ih, sum_hh;  // float sums of weight gradients, where those are not float
-  int64_t pointers;        // const char* [chunk rows]: inputs, previous states, grad_input
-  int64_t zeros;           // a row of zeros, for an absent h0
-  int64_t products;        // WeightGrad's
+  int64_t padded;            // units per segment
+  int64_t row_bytes;         // of dG
+  int64_t w_hh, w_ih;        // packed, k over gates
+  int64_t gate_grads;        // staged rows of dG [chunk rows]
+  int64_t dh, dc;            // float [B][padded]
+  int64_t bias, bias_bytes;  // float [padded / kLanes][segments][sum, error][kLanes]; per member
+  int64_t sum_ih, sum_hh;    // float sums of weight gradients, where those are not float
+  int64_t pointers;          // const char* [chunk rows]: inputs, previous states, grad_input
+  int64_t zeros;             // a row of zeros, for an absent h0
+  int64_t products;          // WeightGrad's
   int64_t bytes;
 };
 
@@ -68,7 +69,8 @@ inline BackwardPlaces backward_places(const Backward& f) {
   p.gate_grads = take(f.chunk_rows * p.row_bytes);
   p.dh = take(s.B * p.padded * 4);
   p.dc = take(cell == Cell::kLstm ? s.B * p.padded * 4 : 0);
-  p.bias = take(2 * Sg::kCount * p.padded * 4);
+  p.bias_bytes = 2 * Sg::kCount * p.padded * 4;
+  p.bias = take((f.apart ? f.threads : 1) * p.bias_bytes);
   const bool sums = f.dtype != Format::kFloat32;
   p.sum_ih = take(sums ? Sg::kGates * s.H * s.I * 4 : 0);
   p.sum_hh = take(sums ? Sg::kGates * s.H * s.P * 4 : 0);
@@ -108,6 +110,8 @@ class BackwardRun {
         work_(call.workspace),
         first_(part(Pl::blocks(s_.H), rank) * Pl::kUnits),
         last_(smaller(part(Pl::blocks(s_.H), rank + 1) * Pl::kUnits, s_.H)),
+        apart_(call.apart && members == call.threads),
+        own_(apart_ ? OwnPart{rank, members, 0, s_.H} : OwnPart{0, 1, first_, last_}),
         esize_(element_bytes(call.dtype)) {}
 
   void run() {
@@ -137,18 +141,29 @@ class BackwardRun {
       chunk_products(begin, end, rows, done == 0, done + end - begin == q_.T);
       done += end - begin;
     }
+    if (apart_) {
+      barrier_.wait(members_);
+      add_bias_sums();
+    }
     finish();
     if constexpr (Feed::kActive) feed_->finish();
   }
 
  private:
+  // What a member does of each step: every `every`-th row from `row` on, units [begin, end).
+  struct OwnPart {
+    int64_t row, every, begin, end;
+  };
   static int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
   int64_t part(int64_t n, int i) const { return n * i / members_; }
   float* floats(int64_t place) const { return reinterpret_cast<float*>(work_ + place); }
-  // The sum of a segment's gradients over all rows, and behind it what rounding took from it.
-  float* bias_sum(int segment, int64_t u) const {
-    return floats(places_.bias) + 2 * (u * Sg::kCount + segment * kLanes);
+  // The sum of a segment's gradients over a member's rows, and behind it what rounding took from
+  // it.
+  float* bias_sum(int segment, int64_t u, int64_t member) const {
+    return floats(places_.bias + member * places_.bias_bytes) +
+           2 * (u * Sg::kCount + segment * kLanes);
   }
+  int64_t bias_owner() const { return apart_ ? rank_ : 0; }
   char* grad_row(int64_t row) const { return work_ + places_.gate_grads + row * places_.row_bytes; }
   float* dh(int64_t r) const { return floats(places_.dh) + r * places_.padded; }
   float* dc(int64_t r) const { return floats(places_.dc) + r * places_.padded; }
@@ -171,9 +186,11 @@ class BackwardRun {
     pack_transposed(dir_.weights.ih, dir_.weights.ih_stride, s_.I, k, work_ + places_.w_ih,
                     [](int i) { return Sg::gate_of_x(i); });
     if (rank_ == 0) std::memset(work_ + places_.zeros, 0, static_cast<size_t>(s_.P * 4));
+    for (int64_t u = own_.begin; u < own_.end; u += kLanes) {
+      std::memset(bias_sum(0, u, bias_owner()), 0, sizeof(float) * 2 * Sg::kCount * kLanes);
+    }
     for (int64_t u = first_; u < last_; u += kLanes) {
       const int n = lanes_left(u, s_.H);
-      std::memset(bias_sum(0, u), 0, sizeof(float) * 2 * Sg::kCount * kLanes);
       for (int64_t r = 0; r < s_.B; ++r) {
         const int64_t at = (q_.position(r) * s_.H + u) * esize_;
         store(dh(r) + u, dir_.grad_h_n ? read(dir_.grad_h_n + at, n) : zero());
@@ -217,24 +234,25 @@ class BackwardRun {
       feed_->before_step(t, dh(0), places_.padded);
       barrier_.wait(members_);
     }
-    for (int64_t r = 0; r < n; ++r) {
-      if (r + kAhead < n) prefetch(t, r + kAhead);
+    for (int64_t r = own_.row; r < n; r += own_.every) {
+      if (r + kAhead * own_.every < n) prefetch(t, r + kAhead * own_.every);
       gate_gradients(t, r, chunk_row + r);
     }
-    barrier_.wait(members_);
+    if (!apart_) barrier_.wait(members_);
     alignas(64) float products[kTileRoom * Pl::kUnits];
     const PackedView w = packed(work_ + places_.w_hh);
-    const RowTiles tiles(n, tile_rows(format, NV));
-    for (int64_t b = first_ / Pl::kUnits; b * Pl::kUnits < last_; ++b) {
+    const RowTiles tiles((n - own_.row + own_.every - 1) / own_.every, tile_rows(format, NV));
+    for (int64_t b = own_.begin / Pl::kUnits; b * Pl::kUnits < own_.end; ++b) {
       for (int64_t i = 0; i < tiles.count; ++i) {
-        const int64_t row = tiles.begin(i);
-        const int rows = static_cast<int>(tiles.begin(i + 1) - row);
+        const int64_t row = own_.row + tiles.begin(i) * own_.every;
+        const int rows = static_cast<int>(tiles.begin(i + 1) - tiles.begin(i));
         const char* x =
             staged_at<format>(grad_row(chunk_row + row), Sg::kFirstOfH * places_.padded);
-        multiply_rows<format, NV>(rows, w, b, {x, places_.row_bytes}, products, Pl::kUnits);
+        multiply_rows<format, NV>(rows, w, b, {x, own_.every * places_.row_bytes}, products,
+                                  Pl::kUnits);
         for (int j = 0; j < rows; ++j) {
           for (int v = 0; v < NV; ++v) {
-            float* to = dh(row + j) + b * Pl::kUnits + v * kLanes;
+            float* to = dh(row + j * own_.every) + b * Pl::kUnits + v * kLanes;
             const Float product = load(products + j * Pl::kUnits + v * kLanes);
             store(to, cell == Cell::kGru ? add(load(to), product) : product);
           }
@@ -249,7 +267,7 @@ class BackwardRun {
   // What gate_gradients will read of a later row: its pieces are too short for the hardware to see.
   void prefetch(int64_t t, int64_t r) const {
     const auto piece = [&](const char* row) __attribute__((always_inline)) {
-      for (int64_t at = first_ * esize_; at < last_ * esize_; at += 64)
+      for (int64_t at = own_.begin * esize_; at < own_.end * esize_; at += 64)
         _mm_prefetch(row + at, _MM_HINT_T0);
     };
     if (dir_.grad_output.data) piece(dir_.grad_output.at(q_, t, r));
@@ -272,7 +290,8 @@ class BackwardRun {
   // per row: a store might change what they are computed from, for all that the compiler knows.
   void gate_gradients(int64_t t, int64_t r, int64_t chunk_row) {
     constexpr int64_t kBytes = element_bytes(format);
-    const int64_t gate_bytes = s_.H * kBytes, padded = places_.padded, end = last_, width = s_.H;
+    const int64_t gate_bytes = s_.H * kBytes, padded = places_.padded, width = s_.H;
+    const int64_t end = own_.end;
     const char* const gates = dir_.gates + (q_.row_start(t) + r) * 4 * gate_bytes;
     const char* const grad_output = dir_.grad_output.data ? dir_.grad_output.at(q_, t, r) : nullptr;
     const char* const grad_cells =
@@ -284,9 +303,9 @@ class BackwardRun {
     float* const dh_row = dh(r);
     float* const dc_row = lstm ? dc(r) : nullptr;
     char* const grads = grad_row(chunk_row);
-    float* const bias = bias_sum(0, 0);
+    float* const bias = bias_sum(0, 0, bias_owner());
     const Float one = set1(1.0f);
-    for (int64_t u = first_; u < end; u += kLanes) {
+    for (int64_t u = own_.begin; u < end; u += kLanes) {
       const int n = lanes_left(u, width);
       const int64_t at = u * kBytes;
       const auto saved = [&](int i) __attribute__((always_inline)) {
@@ -423,10 +442,21 @@ class BackwardRun {
     }
   }
 
+  // Of this member's units, over the rows of all members.
+  void add_bias_sums() {
+    for (int64_t u = first_; u < last_; u += kLanes) {
+      for (int segment = 0; segment < Sg::kCount; ++segment) {
+        Float sum = load(bias_sum(segment, u, 0));
+        for (int64_t m = 1; m < members_; ++m) sum = add(sum, load(bias_sum(segment, u, m)));
+        store(bias_sum(segment, u, 0), sum);
+      }
+    }
+  }
+
   void finish() {
     const auto put_bias = [&](char* to, int gate, int segment, int64_t u) {
       if (!to) return;
-      store_as(call_.dtype, to + (gate * s_.H + u) * esize_, load(bias_sum(segment, u)),
+      store_as(call_.dtype, to + (gate * s_.H + u) * esize_, load(bias_sum(segment, u, 0)),
                lanes_left(u, s_.H));
     };
     for (int64_t u = first_; u < last_; u += kLanes) {
@@ -456,6 +486,8 @@ class BackwardRun {
   const BackwardPlaces places_;
   char* const work_;
   const int64_t first_, last_;  // own hidden units
+  const bool apart_;
+  const OwnPart own_;
   const int esize_;
 };
 

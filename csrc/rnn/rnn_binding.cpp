@@ -366,9 +366,10 @@ std::vector<Tensor> rnn_backward(int64_t cell_number, Tensor input, std::vector<
     dir.grad_hh = data(grads[1]);
     if (count >= 4) dir.grad_b_ih = data(grads[2]), dir.grad_b_hh = data(grads[3]);
   }
-  const Plan plan =
-      make_backward_plan(f.shape, rows, static_cast<int>(torch::stable::get_num_threads()));
+  const Plan plan = make_backward_plan(f.shape, rows, f.dtype,
+                                       static_cast<int>(torch::stable::get_num_threads()));
   f.threads = plan.threads;
+  f.apart = plan.apart;
   f.chunk_rows = plan.chunk_rows;
   const Workspace workspace(chosen().backward_workspace(f));
   f.workspace = workspace.data();

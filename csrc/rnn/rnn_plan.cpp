@@ -70,11 +70,14 @@ Plan make_plan(const Shape& s, int64_t rows, int directions, Format format, int 
   return p;
 }
 
-Plan make_backward_plan(const Shape& s, int64_t rows, int available) {
+Plan make_backward_plan(const Shape& s, int64_t rows, Format format, int available) {
   const double ops = 6.0 * gate_count(s.cell) * s.H * (s.I + s.P) * rows;
   Plan p;
   const int team = static_cast<int>(std::min<int64_t>(available, (s.H + 15) / 16));
   p.threads = team > 1 && ops / kFlopsPerMicrosecond > 4 * kTeamMicroseconds ? team : 1;
+  const double weight_bytes = static_cast<double>(gate_count(s.cell) * s.H * s.P *
+                                                  weight_group_bytes(format) / group_size(format));
+  p.apart = p.threads > 1 && sequences_apart(s, weight_bytes, format, p.threads);
   const int64_t row_bytes = std::max(saved_gates(s.cell), 1) * round_up(s.H, 32) * 4 + 64;
   p.chunk_rows = std::max(std::min(kBackwardGateBytes / row_bytes, kBackwardRows), kLeastChunkRows);
   p.chunk_rows = std::min(std::max(p.chunk_rows, s.B), std::max<int64_t>(rows, 1));

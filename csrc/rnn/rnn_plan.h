@@ -20,7 +20,7 @@ struct Plan {
 Plan make_plan(const Shape& shape, int64_t rows, int directions, Format format, int available);
 
 // The same for backward, whose products take the rows of a chunk as their common dimension.
-Plan make_backward_plan(const Shape& shape, int64_t rows, int available);
+Plan make_backward_plan(const Shape& shape, int64_t rows, Format format, int available);
 
 // One line for people: "2 threads, hidden units over threads, time chunks of 1024 rows (8.4 MB)".
 std::string describe(const Plan& plan, const Shape& shape, int directions);

@@ -59,7 +59,7 @@ void run_tests() {
           CHECK(p.threads >= 1 && p.threads <= threads);
           CHECK(p.chunk_rows >= B && p.chunk_rows <= 20 * B);
           CHECK(p.beside_rows == 0 || (B == 1 && p.chunk_rows == 2 * p.beside_rows));
-          const Plan b = make_backward_plan(s, 20 * B, threads);
+          const Plan b = make_backward_plan(s, 20 * B, Format::kFloat32, threads);
           CHECK(b.threads >= 1 && b.threads <= threads);
           CHECK(b.chunk_rows >= B && b.chunk_rows <= 20 * B);
         }

@@ -239,7 +239,7 @@ void test_beside(const Kernels& k, Isa isa, Cell cell, Format format) {
 }
 
 // The derivative of sum(y * weight) along a random direction of each argument.
-void test_backward(const Kernels& k, const Case& c) {
+void test_backward(const Kernels& k, const Case& c, bool apart) {
   Layer layer(c);
   layer.forward(k, Format::kFloat32);
   const Shape& s = c.shape;
@@ -269,6 +269,7 @@ void test_backward(const Kernels& k, const Case& c) {
   d.grad_hh = chars(ghh);
   if (c.biased) d.grad_b_ih = chars(gb_ih), d.grad_b_hh = chars(gb_hh);
   f.threads = c.threads;
+  f.apart = apart;
   f.chunk_rows = s.B + 1;
   Lines workspace(k.backward_workspace(f));
   f.workspace = workspace.data;
@@ -333,7 +334,9 @@ void run_tests() {
           test_forward(k, c, Format::kBfloat16, 5e-2 * scale);
           test_forward(k, c, Format::kFloat16, 2e-2 * scale);
           test_forward(k, c, Format::kInt8, 0.1 * scale);
-          if (!projected && cell != Cell::kRelu) test_backward(k, c);
+          if (projected || cell == Cell::kRelu) continue;
+          test_backward(k, c, false);
+          if (c.threads > 1) test_backward(k, c, true);
         }
       }
     }
