@@ -1,11 +1,14 @@
 """The machine and its ceilings, measured in the run that quotes them.
 
-Ceilings come from `encdec_fast._C`, which has both probes or has not:
+Ceilings come from `encdec_fast._C`, which has all probes or has not:
 
     measure_peak(format: str, threads: int) -> float                            Gop/s
     measure_read_bandwidth(bytes_per_thread: int, threads: int) -> float        GB/s
+    measure_barrier(threads: int) -> float                                      ns
 
 Without a probe every share of a ceiling is None, shown as "-".
+The last is no ceiling. On a virtual machine it changes from second to second, and with it the time
+of kernels whose threads meet in every step; so it is measured behind each case.
 """
 
 from __future__ import annotations
@@ -14,6 +17,7 @@ import importlib
 import os
 import platform
 import re
+import statistics
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -107,6 +111,7 @@ class Ceilings:
     threads: int = field(default_factory=torch.get_num_threads)
     peaks: dict[str, float | None] = field(default_factory=dict)
     bandwidths: dict[int, float | None] = field(default_factory=dict)
+    barriers: list[float] = field(default_factory=list)
 
     def peak(self, dtype: DType) -> float | None:
         """Operations per second of the fastest multiply-add in this dtype."""
@@ -122,6 +127,15 @@ class Ceilings:
         if size not in self.bandwidths:
             self.bandwidths[size] = _best("measure_read_bandwidth", size, self.threads)
         return self.bandwidths[size]
+
+    def sample_barrier(self) -> float | None:
+        """Seconds that a meeting of the threads takes now; None for one thread."""
+        probe = _probe("measure_barrier")
+        if probe is None or self.threads < 2:
+            return None
+        wait_until_quiet()
+        self.barriers.append(1e-9 * float(probe(self.threads)))
+        return self.barriers[-1]
 
     def compute_bound(self, case: RnnCase) -> float | None:
         """Seconds that the products of a call need at the peak."""
@@ -151,5 +165,10 @@ class Ceilings:
                 f"{size >> 10} KiB per thread": bandwidth / 1e9
                 for size, bandwidth in sorted(self.bandwidths.items())
                 if bandwidth
+            },
+            "barrier_ns": {
+                name: 1e9 * pick(self.barriers)
+                for name, pick in (("least", min), ("median", statistics.median), ("most", max))
+                if self.barriers
             },
         }

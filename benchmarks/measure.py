@@ -52,6 +52,7 @@ class CaseResult:
     entries: list[Entry]
     compute_bound: float | None = None
     read_bound: float | None = None
+    barrier: float | None = None  # seconds that a meeting of the threads took behind the samples
 
     def entry(self, name: str) -> Entry | None:
         """The timed entry of this name."""
@@ -196,6 +197,7 @@ def measure(
                 entry.cold = Stats.of(cold[entry.name]) if cold else None
     result = CaseResult(case, entries)
     if ceilings is not None:
+        result.barrier = ceilings.sample_barrier()
         result.compute_bound = ceilings.compute_bound(case)
         result.read_bound = ceilings.read_bound(case)
     return result

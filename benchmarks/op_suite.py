@@ -291,6 +291,7 @@ def measure(case: OpCase, budget_s: float, ceilings: Ceilings) -> OpResult:
         else:
             calls[contender.name] = contender.call
     result = OpResult(case, sampler.sample_warm(calls, budget_s), problems)
+    ceilings.sample_barrier()
     result.peak = ceilings.peak(case.dtype)
     if case.op == "linear":
         result.bandwidth = ceilings.read_bandwidth(case.weight_bytes // ceilings.threads)

@@ -81,6 +81,7 @@ def _case(result: CaseResult) -> dict[str, Any]:
         "compute_bound_seconds": _rounded(result.compute_bound),
         "read_bound_seconds": _rounded(result.read_bound),
         "share_of_ceiling": _rounded(result.share),
+        "barrier_seconds": _rounded(result.barrier),
         "holds_bars": marks(result),
         "contenders": [_entry(entry) for entry in result.entries],
     }
@@ -133,6 +134,11 @@ def _facts(run: Run) -> list[str]:
     reads = [f"{rate:.0f} GB/s at {size}" for size, rate in ceilings["read_gb_per_s"].items()]
     if peaks or reads:
         lines.append("- ceilings of this run: " + ", ".join([*peaks, *reads]))
+    if barrier := ceilings["barrier_ns"]:
+        lines.append(
+            f"- a meeting of the threads: {barrier['least']:.0f} to {barrier['most']:.0f} ns, "
+            f"in the median {barrier['median']:.0f}"
+        )
     if not run.complete:
         lines.append(f"- **incomplete: {len(run.results)} of {run.planned} cases**")
     return lines

@@ -411,9 +411,16 @@ class TestMachine:
         probes = {
             "measure_peak": lambda kind, threads: 1.0,
             "measure_read_bandwidth": lambda size, threads: 1.0,
+            "measure_barrier": lambda threads: next(meetings),
         }
+        meetings = iter([300.0, 40.0, 50.0])
         monkeypatch.setattr(machine, "_probe", probes.get)
         ceilings, case = machine.Ceilings(2), tiny()
         assert ceilings.compute_bound(case) == cases.flops(case) / 1e9
         assert ceilings.read_bound(case) == cases.streamed_bytes(case) / 1e9
         assert ceilings.read_bound(tiny(suite="training")) is None
+        assert ceilings.as_dict()["barrier_ns"] == {}
+        assert [round(1e9 * (ceilings.sample_barrier() or 0)) for _ in range(3)] == [300, 40, 50]
+        found = ceilings.as_dict()["barrier_ns"]
+        assert [round(found[name]) for name in ("least", "median", "most")] == [40, 50, 300]
+        assert machine.Ceilings(1).sample_barrier() is None

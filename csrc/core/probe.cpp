@@ -92,4 +92,19 @@ double measure_read_bandwidth(int64_t bytes_per_thread, int threads) {
       });
 }
 
+double measure_barrier(int threads) {
+  using Clock = std::chrono::steady_clock;
+  constexpr int kMeetings = 5000;
+  Barrier barrier;
+  double ns = 0.0;
+  auto body = [&](int rank, int size) {
+    barrier.wait(size);
+    const auto start = Clock::now();
+    for (int i = 0; i < kMeetings; ++i) barrier.wait(size);
+    if (rank == 0) ns = std::chrono::duration<double, std::nano>(Clock::now() - start).count();
+  };
+  run_team(threads, body);
+  return ns / kMeetings;
+}
+
 }  // namespace encdec

@@ -22,6 +22,10 @@ double measure_peak(Format format, int threads);
 // GB/s of `threads` threads that each read `bytes_per_thread` of their own again and again.
 double measure_read_bandwidth(int64_t bytes_per_thread, int threads);
 
+// Nanoseconds that a meeting of `threads` threads takes. The cores of a virtual machine are now
+// nearer to each other, now farther.
+double measure_barrier(int threads);
+
 namespace avx2 {
 extern const Probes kProbes;
 }

@@ -63,6 +63,11 @@ double measure_read_bandwidth(int64_t bytes_per_thread, int threads) {
   return encdec::measure_read_bandwidth(bytes_per_thread, threads);
 }
 
+double measure_barrier(int threads) {
+  const py::gil_scoped_release unlocked;
+  return encdec::measure_barrier(threads);
+}
+
 std::string rnn_plan(int cell, int64_t steps, int64_t rows, int64_t batch, int64_t input_size,
                      int64_t hidden_size, int64_t output_size, int directions,
                      const std::string& format, int threads) {
@@ -121,6 +126,8 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
         "Multiply-adds a second in Gop/s (two per product) in 'float32', 'bfloat16' or 'int8'.");
   m.def("measure_read_bandwidth", &measure_read_bandwidth, py::arg("bytes_per_thread"),
         py::arg("threads"), "GB/s of threads that each read bytes of their own again and again.");
+  m.def("measure_barrier", &measure_barrier, py::arg("threads"),
+        "Nanoseconds that a meeting of the threads takes.");
   m.def("rnn_plan", &rnn_plan, py::arg("cell"), py::arg("steps"), py::arg("rows"), py::arg("batch"),
         py::arg("input_size"), py::arg("hidden_size"), py::arg("output_size"),
         py::arg("directions"), py::arg("format"), py::arg("threads"),
