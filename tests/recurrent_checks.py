@@ -315,7 +315,7 @@ def check_alone(kind: str) -> None:
 def check_apart(kind: str) -> None:
     """Where sequences are shared out, not hidden units.
 
-    Of equal lengths, a thread count changes no bit: where fewer rows run, their sums are split.
+    A thread count changes no bit, but that sums of floats are split where few rows run.
     """
     words = "sequences over threads"
     for name, case in APART.items():
@@ -333,7 +333,7 @@ def check_apart(kind: str) -> None:
                 with two_threads():
                     results = call(module, case, data)
             for result, true in zip(results, expected, strict=True):
-                if case.ragged:
+                if case.ragged and weight_dtype != "int8":
                     torch.testing.assert_close(result, true, atol=2e-6, rtol=0)
                 else:
                     assert torch.equal(result, true), (name, weight_dtype)

@@ -5,10 +5,17 @@
 
 #include <cstdint>
 
+#include "core/format.h"
+
 namespace encdec {
 
 // Whether the chosen instruction set (cpu_features.h) is avx512_amx: chosen_isa() sets it.
 extern bool amx_chosen;
+
+// Whether products of weights in this format are made on it.
+inline bool amx_multiplies(Format format) {
+  return amx_chosen && (format == Format::kBfloat16 || format == Format::kInt8);
+}
 
 constexpr int kAmxTile = 16;        // rows, and columns, of a tile
 constexpr int kAmxStepGroups = 16;  // groups of k that one instruction takes

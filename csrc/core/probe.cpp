@@ -64,7 +64,7 @@ using Buffer = std::unique_ptr<char, void (*)(void*)>;
 double measure_peak(Format format, int threads) {
   const Probes& probes = chosen();
   const bool int8 = format == Format::kInt8;
-  const bool amx = amx_chosen && (int8 || format == Format::kBfloat16);
+  const bool amx = amx_multiplies(format);
   const auto products = [&](int) {
     return static_cast<double>(amx ? amx_probe(int8, kAmxProducts)
                                    : probes.multiply(format, kProducts));

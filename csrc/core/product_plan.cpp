@@ -29,7 +29,7 @@ ProductPlan plan_product(Format format, int64_t M, int64_t N, int64_t K, int64_t
   const bool worth = alone > 2 * kTeamMicroseconds;
   // With many rows each thread stages its own only; with few, each reads its part of the weights.
   // The matrix unit is so fast that what is read decides: all weights, or all rows of floats.
-  const bool amx = amx_chosen && (format == Format::kBfloat16 || format == Format::kInt8);
+  const bool amx = amx_multiplies(format);
   const bool few_weights = N * element_bytes(format) < M * element_bytes(Format::kFloat32);
   plan.split_rows =
       worth && M >= (amx ? kAmxLeastRows : kOwnRows) * available && (!amx || few_weights);

@@ -31,6 +31,12 @@ struct Shape {
   bool projected;  // P is the size of h = W_hr m, m the cell's own output
 };
 
+// Of `n` rows, those that are first, first + every, ...: as many.
+__attribute__((always_inline)) constexpr int64_t rows_apart(int64_t n, int64_t first,
+                                                            int64_t every) {
+  return (n - first + every - 1) / every;
+}
+
 // A member of a team may walk sequences of its own: rows `first`, `first + every`, ... of every
 // step are its rows 0, 1, ...; `active` and `row` are about these.
 struct Sequences {
@@ -43,7 +49,7 @@ struct Sequences {
 
   __attribute__((always_inline)) int64_t active(int64_t t) const {
     const int64_t all = sizes ? sizes[t] : B;
-    return every == 1 ? all : (all - first + every - 1) / every;
+    return every == 1 ? all : rows_apart(all, first, every);
   }
   __attribute__((always_inline)) int64_t row(int64_t r) const { return first + r * every; }
   __attribute__((always_inline)) int64_t row_start(int64_t t) const {
@@ -91,7 +97,7 @@ struct Forward {
   Direction direction[2];
   int threads = 1;
   bool apart = false;      // a member walks sequences of its own, with all hidden units
-  int64_t chunk_rows = 0;  // rows of input products held at a time, by a member where `apart`
+  int64_t chunk_rows = 0;  // rows of input products held at a time
   int beside_rows = 0;     // rows whose input products are made beside steps: rows_beside, or 0
   char* workspace = nullptr;
 };

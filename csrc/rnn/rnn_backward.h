@@ -114,7 +114,7 @@ class BackwardRun : BackwardCells<cell, format> {
     if (!apart_) barrier_.wait(members_);
     alignas(64) float products[kTileRoom * Pl::kUnits];
     const PackedView w = packed(work_ + places_.w_hh);
-    const RowTiles tiles((n - own_.row + own_.every - 1) / own_.every, tile_rows(format, NV));
+    const RowTiles tiles(rows_apart(n, own_.row, own_.every), tile_rows(format, NV));
     for (int64_t b = own_.begin / Pl::kUnits; b * Pl::kUnits < own_.end; ++b) {
       for (int64_t i = 0; i < tiles.count; ++i) {
         const int64_t row = own_.row + tiles.begin(i) * own_.every;

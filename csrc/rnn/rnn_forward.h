@@ -345,8 +345,10 @@ inline Forward own_sequences(const Forward& f, int rank, int members) {
   Forward own = f;
   own.sequences.first = rank;
   own.sequences.every = members;
-  own.shape.B = (f.shape.B - rank + members - 1) / members;
+  own.shape.B = rows_apart(f.shape.B, rank, members);
   own.threads = 1;
+  own.chunk_rows = f.chunk_rows / members;
+  if (own.chunk_rows < own.shape.B) own.chunk_rows = own.shape.B;
   return own;
 }
 

@@ -23,25 +23,32 @@ constexpr double kWeightBytesPerMicrosecond = 200e3;
 constexpr double kTeamMicroseconds = 3.0;
 constexpr double kBarrierMicroseconds = 0.25;
 
+// Numbers that a step reads, W_hh and the projection, and the bytes of so many.
+double recurrent_weights(const Shape& s) {
+  return static_cast<double>(gate_count(s.cell) * s.H * s.P + (s.projected ? s.H * s.P : 0));
+}
+double weight_bytes(double weights, Format format) {
+  return weight_group_bytes(format) / double(group_size(format)) * weights;
+}
+
 // Sequences over threads instead of hidden units: no barrier and no line of the state that two
 // cores write, but each core reads all of W_hh for its part of the rows. That pays where it lies in
 // L2, where a part is large enough for the multiply-adds to take longer than the reading, and where
 // parts are equal.
-bool sequences_apart(const Shape& s, double weight_bytes, Format format, int threads) {
+bool sequences_apart(const Shape& s, Format format, int threads) {
   constexpr int64_t kLeastSteps = 4;
-  const bool matrix_unit = amx_chosen && (format == Format::kBfloat16 || format == Format::kInt8);
+  const double bytes = weight_bytes(recurrent_weights(s), format);
   const double l2 = static_cast<double>(cache_sizes().l2);
-  const int64_t least = weight_bytes <= l2 / 2 ? 4 : 8, most = (s.B + threads - 1) / threads;
-  return !matrix_unit && weight_bytes <= l2 && s.T >= kLeastSteps && s.B / threads >= least &&
-         most * threads * 16 <= s.B * 17;
+  const int64_t least = bytes <= l2 / 2 ? 4 : 8, most = rows_apart(s.B, 0, threads);
+  return threads > 1 && !amx_multiplies(format) && bytes <= l2 && s.T >= kLeastSteps &&
+         s.B / threads >= least && most * threads * 16 <= s.B * 17;
 }
 
 }  // namespace
 
 Plan make_plan(const Shape& s, int64_t rows, int directions, Format format, int available) {
   const double gates = gate_count(s.cell);
-  const double weights = gates * s.H * s.P + (s.projected ? s.H * s.P : 0);
-  const double bytes = weight_group_bytes(format) / double(group_size(format)) * weights;
+  const double weights = recurrent_weights(s), bytes = weight_bytes(weights, format);
   const double ops = 2.0 * group_size(format);
   const double steps = static_cast<double>(s.T) * directions;
   const double per_step = std::max(bytes / kWeightBytesPerMicrosecond,
@@ -58,10 +65,10 @@ Plan make_plan(const Shape& s, int64_t rows, int directions, Format format, int 
   const int64_t most = std::max<int64_t>(1, (s.H + 15) / 16) * directions;
   const int team = static_cast<int>(std::min<int64_t>(available, most));
   p.threads = team > 1 && microseconds(team) < microseconds(1) ? team : 1;
-  p.apart = directions == 1 && p.threads > 1 && sequences_apart(s, bytes, format, p.threads);
+  p.apart = directions == 1 && sequences_apart(s, format, p.threads);
 
   const int64_t row_bytes = static_cast<int64_t>(gates) * round_up(s.H, 32) * 4;
-  const int64_t side_by_side = p.apart ? p.threads : directions == 2 && p.threads > 1 ? 2 : 1;
+  const int64_t side_by_side = directions == 2 && p.threads > 1 ? 2 : 1;
   p.chunk_rows = std::max(kGateBytes / (row_bytes * side_by_side), kLeastChunkRows);
   p.chunk_rows = std::min(std::max(p.chunk_rows, s.B), std::max<int64_t>(rows, 1));
   const int members = directions == 2 && p.threads > 1 ? p.threads / 2 : p.threads;
@@ -75,9 +82,7 @@ Plan make_backward_plan(const Shape& s, int64_t rows, Format format, int availab
   Plan p;
   const int team = static_cast<int>(std::min<int64_t>(available, (s.H + 15) / 16));
   p.threads = team > 1 && ops / kFlopsPerMicrosecond > 4 * kTeamMicroseconds ? team : 1;
-  const double weight_bytes = static_cast<double>(gate_count(s.cell) * s.H * s.P *
-                                                  weight_group_bytes(format) / group_size(format));
-  p.apart = p.threads > 1 && sequences_apart(s, weight_bytes, format, p.threads);
+  p.apart = sequences_apart(s, format, p.threads);
   const int64_t row_bytes = std::max(saved_gates(s.cell), 1) * round_up(s.H, 32) * 4 + 64;
   p.chunk_rows = std::max(std::min(kBackwardGateBytes / row_bytes, kBackwardRows), kLeastChunkRows);
   p.chunk_rows = std::min(std::max(p.chunk_rows, s.B), std::max<int64_t>(rows, 1));

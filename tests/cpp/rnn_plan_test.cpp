@@ -49,6 +49,11 @@ void run_tests() {
   CHECK(!apart(50, 8, 64, 2, 2) && !apart(50, 8, 64, 1, 1));
   CHECK(!apart(50, 6, 64, 1, 2) && !apart(50, 9, 64, 1, 2));
   CHECK(!apart(1, 64, 64, 1, 2) && !apart(50, 64, 2048, 1, 2));
+  const auto backward_apart = [](int64_t B, int64_t H) {
+    const Shape s{Cell::kLstm, 50, B, H, H, H, false};
+    return make_backward_plan(s, 50 * B, Format::kFloat32, 2).apart;
+  };
+  CHECK(backward_apart(16, 64) && !backward_apart(2, 64) && !backward_apart(16, 2048));
 
   for (const Cell cell : {Cell::kLstm, Cell::kGru, Cell::kTanh}) {
     for (const int64_t B : {1, 8, 5000}) {

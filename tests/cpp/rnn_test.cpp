@@ -180,8 +180,8 @@ void check_same(const Layer& a, const Layer& b) {
   CHECK(saved_gates(cell) == 0 || a.gates == b.gates);
 }
 
-// Sequences over threads: of equal lengths bit for bit what hidden units over threads give. Where
-// few rows run, their sums are split.
+// Sequences over threads: bit for bit what hidden units over threads give, but that sums of floats
+// are split where few rows run.
 void test_apart(const Kernels& k, Cell cell, Format format, double tolerance) {
   for (int variant = 0; variant < 8; ++variant) {
     const bool projected = cell == Cell::kLstm && variant % 3 == 2;
@@ -196,7 +196,7 @@ void test_apart(const Kernels& k, Cell cell, Format format, double tolerance) {
     layer.forward(k, format);
     const Layer plain = layer;
     layer.forward(k, format, 0, true);
-    if (unequal) {
+    if (unequal && format != Format::kInt8) {
       check_forward(layer, tolerance);
     } else {
       check_same(layer, plain);
