@@ -63,9 +63,9 @@ struct Ahead {
 // stands in `out` (not for int8). gemm_cpu.cpp has it for NV 2 and 3.
 template <Format format, int NV>
 __attribute__((visibility("default"))) void multiply_rows(int rows, const PackedView& w,
-                                                          int64_t panel, RowsView x, float* out,
-                                                          int64_t out_stride, bool onto = false,
-                                                          Ahead ahead = {});
+                                                          int64_t panel, const RowsView& x,
+                                                          float* out, int64_t out_stride,
+                                                          bool onto = false, Ahead ahead = {});
 
 // Two products at once. The weights of one row come from L2 or beyond, and most of what could be
 // multiplied meanwhile would not be; so a tile of kBesideRows rows, by one panel of another matrix,

@@ -24,7 +24,7 @@ ENCDEC_INLINE void widen_row(const char* words, int64_t count, char* wide) {
 }
 
 template <Format format, int MR, int NV, bool ahead>
-__attribute__((noinline)) void multiply_tile(const PackedView& w, int64_t panel, RowsView x,
+__attribute__((noinline)) void multiply_tile(const PackedView& w, int64_t panel, const RowsView& x,
                                              float* out, int64_t out_stride, bool onto) {
   using D = Dot<format>;
   constexpr int kSplit = split_sums(MR * NV);
@@ -123,7 +123,7 @@ __attribute__((noinline)) void multiply_tile(const PackedView& w, int64_t panel,
 }
 
 template <Format format, int MR, int NV, bool ahead>
-ENCDEC_INLINE void multiply_up_to(int rows, const PackedView& w, int64_t panel, RowsView x,
+ENCDEC_INLINE void multiply_up_to(int rows, const PackedView& w, int64_t panel, const RowsView& x,
                                   float* out, int64_t out_stride, bool onto) {
   if constexpr (MR > 0) {
     if (rows == MR) {
@@ -140,7 +140,7 @@ constexpr int kLeastAmxRows = 4;
 // The same tile on the matrix unit, of which the sums come through memory.
 template <Format format, int NV>
 __attribute__((noinline)) void multiply_on_amx(int rows, const PackedView& w, int64_t panel,
-                                               RowsView x, float* out, int64_t out_stride,
+                                               const RowsView& x, float* out, int64_t out_stride,
                                                bool onto, Ahead ahead) {
   constexpr bool int8 = format == Format::kInt8;
   alignas(64) float sums[amx_rows(NV) * NV * kLanes];
@@ -182,7 +182,7 @@ __attribute__((noinline)) void multiply_on_amx(int rows, const PackedView& w, in
 constexpr int64_t kFewTiles = 4;
 
 template <Format format, int NV>
-void multiply_rows(int rows, const PackedView& w, int64_t panel, RowsView x, float* out,
+void multiply_rows(int rows, const PackedView& w, int64_t panel, const RowsView& x, float* out,
                    int64_t out_stride, bool onto, Ahead ahead) {
   if constexpr (has_amx(format, NV)) {
     if (amx_chosen && rows >= kLeastAmxRows) {
@@ -201,8 +201,8 @@ void multiply_rows(int rows, const PackedView& w, int64_t panel, RowsView x, flo
 }
 
 // Every kind of tile that a kernel uses.
-using Multiply = void(int rows, const PackedView&, int64_t panel, RowsView, float*, int64_t, bool,
-                      Ahead);
+using Multiply = void(int rows, const PackedView&, int64_t panel, const RowsView&, float*, int64_t,
+                      bool, Ahead);
 template Multiply multiply_rows<Format::kFloat32, 2>;
 template Multiply multiply_rows<Format::kFloat32, 3>;
 template Multiply multiply_rows<Format::kBfloat16, 2>;
