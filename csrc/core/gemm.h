@@ -25,8 +25,14 @@ constexpr int64_t sum_run(Format format, int64_t left) {
   return format == Format::kInt8 || left < kSumGroups ? left : kSumGroups;
 }
 
-// A tile of fewer sums than the multiply-add's latency takes splits k over so many of each.
-constexpr int split_sums(int sums) { return sums >= 8 ? 1 : (7 + sums) / sums; }
+// A tile of fewer sums than the multiply-add's latency takes splits k over so many of each: where
+// two products of bfloat16 begin in a cycle and take six, twelve are needed. A single row waits for
+// its weights, and with half of the registers there is no room for more than eight.
+constexpr int kEnoughSums = kRegisters == 32 ? 12 : 8;
+constexpr int split_sums(int sums) {
+  const int wanted = sums <= 3 ? 8 : kEnoughSums;
+  return sums >= wanted ? 1 : (wanted - 1 + sums) / sums;
+}
 
 // Whether the matrix unit can take products of weights in this format.
 constexpr bool has_amx(Format format, int vectors) {

@@ -60,6 +60,8 @@ __attribute__((noinline)) void multiply_tile(const PackedView& w, int64_t panel,
 #pragma GCC unroll 4
       for (int v = 0; v < NV; ++v) {
         weight[v] = D::template weights<part>(p + v * kLanes * weight_group_bytes(format));
+        // In a register: of two or three rows GCC would load floats again for each.
+        if constexpr ((MR == 2 || MR == 3) && format != Format::kInt8) asm("" : "+v"(weight[v]));
         if constexpr (ahead && part == 0) __builtin_prefetch(p + w.panel_bytes + v * 64, 0, 2);
       }
 #pragma GCC unroll 16

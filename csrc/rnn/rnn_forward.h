@@ -89,10 +89,10 @@ class ForwardRun : ForwardCells<cell, format> {
   // Steps whose input products are made before them, beside nothing: what whole chunks leave over,
   // and never so few that a row's sums would be split (gemm_cpu.cpp).
   int64_t first_beside() const {
-    constexpr int64_t kRows = kBesideRows<NV>, kLeast = kRows / 2;
-    static_assert(split_sums(kLeast * NV) == 1);
+    constexpr int64_t kRows = kBesideRows<NV>, kLeast = (kEnoughSums + NV - 1) / NV;
+    static_assert(split_sums(kLeast * NV) == 1 && kLeast <= kRows);
     const int64_t over = q_.T % kRows;
-    return over == 0 ? kRows : over < kLeast ? over + kLeast : over;
+    return over < kLeast ? kRows : over;
   }
 
   // The chunk behind this one in the direction of time; empty behind the last.
