@@ -48,6 +48,14 @@ inline int tile_rows(Format format, int vectors) {
   return amx_chosen ? tile_room(format, vectors) : max_tile_rows(vectors);
 }
 
+// What is added to the sums of a panel of floats.
+alignas(64) inline constexpr float kNoBias[3 * kLanes] = {};
+template <int NV>
+inline const float* bias_of(const PackedView& w, int64_t panel) {
+  static_assert(NV <= 3);
+  return w.bias ? w.bias + panel * NV * kLanes : kNoBias;
+}
+
 // The left side: word g of row r is at data + r * stride + g * step (bytes). Staged rows have their
 // words side by side; a matrix of floats that is stored by columns is read as it lies, and so are
 // rows of floats or of pairs of bfloat16 that need no padding.

@@ -50,16 +50,17 @@ void multiply_beside(const PackedView& w, int64_t panel, const char* row, float*
       base[1] += 4;
       tile_p += kStep;
     };
+    const float* const tile_bias = bias_of<NV>(tile.w, tile.panel);
     const auto hand_over = [&]() __attribute__((always_inline)) {
 #pragma GCC unroll 8
       for (int r = 0; r < MR; ++r) {
 #pragma GCC unroll 4
         for (int v = 0; v < NV; ++v) {
           float* const to = tile.out + r * tile.out_stride + v * kLanes;
-          if (!handed_over) {
-            D::put(to, tile_acc[r][v]);
-          } else if constexpr (format != Format::kInt8) {
-            store(to, add(load(to), tile_acc[r][v]));
+          if constexpr (format == Format::kInt8) {
+            if (!handed_over) D::put(to, tile_acc[r][v]);
+          } else {
+            store(to, add(load(handed_over ? to : tile_bias + v * kLanes), tile_acc[r][v]));
           }
         }
       }
@@ -76,6 +77,7 @@ void multiply_beside(const PackedView& w, int64_t panel, const char* row, float*
       const char* x = row;
       for (int64_t done = 0; done < w.groups || done == 0;) {
         const int64_t groups = sum_run(format, w.groups - done);
+        const float* const bias = done == 0 ? bias_of<NV>(w, panel + i) : kNoBias;
         Acc acc[kPanels][NV];
 #pragma GCC unroll 4
         for (int s = 0; s < kPanels; ++s) {
@@ -119,6 +121,7 @@ void multiply_beside(const PackedView& w, int64_t panel, const char* row, float*
           Acc sum = acc[0][v];
 #pragma GCC unroll 4
           for (int s = 1; s < kPanels; ++s) sum = D::sum(sum, acc[s][v]);
+          if constexpr (format != Format::kInt8) sum = add(sum, load(bias + v * kLanes));
           float* const to = out + (i * NV + v) * kLanes;
           if (done == 0) {
             D::put(to, sum);

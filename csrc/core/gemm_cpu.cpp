@@ -39,6 +39,7 @@ __attribute__((noinline)) void multiply_tile(const PackedView& w, int64_t panel,
 
   for (int64_t done = 0; done < w.groups || done == 0;) {
     const int64_t groups = sum_run(format, w.groups - done);
+    const float* const bias = done == 0 ? bias_of<NV>(w, panel) : kNoBias;
     typename D::Acc acc[kSplit][MR][NV];
 #pragma GCC unroll 8
     for (int s = 0; s < kSplit; ++s) {
@@ -105,14 +106,19 @@ __attribute__((noinline)) void multiply_tile(const PackedView& w, int64_t panel,
       for (; g > 0; --g) step(0);
     }
 
+    // Not what GCC can compute before the loop: it would hold the rows' addresses in registers that
+    // the sums need.
+    float* row = out;
+    asm("" : "+r"(row));
 #pragma GCC unroll 16
-    for (int r = 0; r < MR; ++r) {
+    for (int r = 0; r < MR; ++r, row += out_stride) {
 #pragma GCC unroll 4
       for (int v = 0; v < NV; ++v) {
         typename D::Acc sum = acc[0][r][v];
 #pragma GCC unroll 8
         for (int s = 1; s < kSplit; ++s) sum = D::sum(sum, acc[s][r][v]);
-        float* to = out + r * out_stride + v * kLanes;
+        if constexpr (format != Format::kInt8) sum = add(sum, load(bias + v * kLanes));
+        float* const to = row + v * kLanes;
         if (done == 0 && !onto) {
           D::put(to, sum);
         } else if constexpr (format != Format::kInt8) {
@@ -154,7 +160,9 @@ __attribute__((noinline)) void multiply_on_amx(int rows, const PackedView& w, in
   }
   for (int64_t done = 0; done < w.groups || done == 0; done += p.groups) {
     p.groups = sum_run(format, w.groups - done);
-    const bool direct = !int8 && done == 0 && !onto;
+    const float* const bias = done == 0 ? bias_of<NV>(w, panel) : kNoBias;
+    const bool first = done == 0 && !onto;  // nothing stands in `out` that counts
+    const bool direct = !int8 && first && !w.bias;
     p.out = reinterpret_cast<char*>(direct ? out : sums);
     p.out_stride = (direct ? out_stride : NV * kLanes) * 4;
     p.ahead = p.weights + w.panel_bytes;
@@ -167,7 +175,8 @@ __attribute__((noinline)) void multiply_on_amx(int rows, const PackedView& w, in
         if constexpr (int8) {
           store(to, to_float(iadd(iload(sum), iload(w.start + (panel * NV + v) * kLanes))));
         } else {
-          store(to, add(load(to), load(sum)));
+          const Float own = add(load(sum), load(bias + v * kLanes));
+          store(to, first ? own : add(load(to), own));
         }
       }
     }

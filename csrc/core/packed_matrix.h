@@ -33,6 +33,7 @@ struct PackedView {
   int64_t groups = 0;  // k groups
   int64_t panel_bytes = 0;
   const int32_t* start = nullptr;  // int8: what each column's sum starts from
+  const float* bias = nullptr;     // the others: what is added to each column's sum; null: nothing
   const float* scale = nullptr;    // int8: each column's scale
 };
 

@@ -29,6 +29,7 @@ class ForwardRun : ForwardCells<cell, format> {
   using Base = ForwardCells<cell, format>;
   using Base::call_, Base::s_, Base::q_, Base::dir_, Base::rank_, Base::members_, Base::header_;
   using Base::ih_, Base::hh_, Base::places_, Base::first_, Base::last_;
+  using Base::input_bias;
   using Base::NV, Base::kRowFloats, Base::kExchange;
   using Base::part, Base::member, Base::gates, Base::h_row, Base::m_row, Base::row_scale;
   using Base::prepare, Base::cell_update, Base::put_state, Base::prefetch_results, Base::finish;
@@ -148,21 +149,17 @@ class ForwardRun : ForwardCells<cell, format> {
     return n;
   }
 
-  // Makes of a tile's products, by one panel of W_ih, what gates() holds: staged row `row` is their
-  // first.
-  void add_bias(int64_t panel, int64_t row, int rows, float* out) const {
-    const float* const bias = reinterpret_cast<const float*>(dir_.packed + header_.input_bias);
-    for (int v = 0; v < NV; ++v) {
-      const int64_t vector = panel * NV + v;
-      const Float add_bias = load(bias + vector * kLanes);
-      for (int j = 0; j < rows; ++j) {
-        float* const at = out + j * kRowFloats + v * kLanes;
-        Float product = load(at);
-        if constexpr (format == Format::kInt8) {
-          const Float column = load(ih_.scale + vector * kLanes);
-          product = mul(product, mul(column, set1(input_scale()[row + j])));
+  // Makes of a tile's products of bytes, by one panel of W_ih, what gates() holds: staged row `row`
+  // is their first. Sums of floats have begun with the bias.
+  void scale_products(int64_t panel, int64_t row, int rows, float* out) const {
+    if constexpr (format == Format::kInt8) {
+      for (int v = 0; v < NV; ++v) {
+        const Float column = load(ih_.scale + (panel * NV + v) * kLanes);
+        const Float bias = load(input_bias() + (panel * NV + v) * kLanes);
+        for (int j = 0; j < rows; ++j) {
+          float* const at = out + j * kRowFloats + v * kLanes;
+          store(at, add(mul(load(at), mul(column, set1(input_scale()[row + j]))), bias));
         }
-        store(at, add(product, add_bias));
       }
     }
   }
@@ -187,7 +184,7 @@ class ForwardRun : ForwardCells<cell, format> {
             float* const out = panel_gates(panel, done + row);
             multiply_rows<format, NV>(rows, ih_, panel, {staged_input() + row * stride, stride},
                                       out, kRowFloats);
-            add_bias(panel, row, rows, out);
+            scale_products(panel, row, rows, out);
           }
         }
       }
@@ -219,7 +216,7 @@ class ForwardRun : ForwardCells<cell, format> {
     } else {
       multiply_rows<format, NV>(kBesideRows<NV>, ih_, ahead_.panel, rows, out, kRowFloats);
     }
-    add_bias(ahead_.panel, 0, static_cast<int>(ahead_.rows), out);
+    scale_products(ahead_.panel, 0, static_cast<int>(ahead_.rows), out);
     ++ahead_.panel;
   }
 

@@ -82,7 +82,7 @@ class ForwardCells {
         rank_(rank),
         members_(members),
         header_(*reinterpret_cast<const PackedHeader*>(dir.packed)),
-        ih_(view(dir.packed, header_.ih, format, s_.I, NV)),
+        ih_(input_weights()),
         hh_(view(dir.packed, header_.hh, format, s_.P, NV)),
         places_(forward_places<cell, format>(call)),
         work_(workspace),
@@ -90,6 +90,16 @@ class ForwardCells {
         last_(part(Bl::blocks(s_.H), rank + 1)),
         esize_(element_bytes(call.dtype)),
         stream_gates_(can_stream_gates()) {}
+
+  const float* input_bias() const {
+    return reinterpret_cast<const float*>(dir_.packed + header_.input_bias);
+  }
+  // W_ih; sums of floats start from the bias.
+  PackedView input_weights() const {
+    PackedView w = view(dir_.packed, header_.ih, format, s_.I, NV);
+    if constexpr (format != Format::kInt8) w.bias = input_bias();
+    return w;
+  }
 
   // Gates that will have left the caches before backward comes need not pass through them.
   bool can_stream_gates() const {

@@ -48,6 +48,12 @@ void test_product(int64_t k, bool transposed) {
   view.panel_bytes = packed_panel_bytes(format, k, NV);
   view.start = start.data();
   view.scale = scale.data();
+  const bool biased = format != Format::kInt8 && k % 3 != 0;
+  std::vector<float> bias(NV * kLanes, 0.0f);
+  if (biased) {
+    for (float& b : bias) b = next();
+    view.bias = bias.data();
+  }
   const int64_t vector_bytes = kLanes * weight_group_bytes(format);
   for (int v = 0; v < NV; ++v) {
     const int64_t c = v * kLanes;
@@ -72,7 +78,7 @@ void test_product(int64_t k, bool transposed) {
     multiply_rows<format, NV>(rows, view, 0, {aligned(staged), stride}, out.data(), NV * kLanes);
     for (int r = 0; r < rows; ++r) {
       for (int c = 0; c < NV * kLanes; ++c) {
-        double sum = 0.0, size = 0.0;
+        double sum = bias[c], size = std::fabs(sum);
         for (int64_t i = 0; i < k && c < columns; ++i) {
           double a = as_stored<format == Format::kFloat16 ? Format::kFloat32 : format>(
               x[static_cast<size_t>(r * k + i)]);
@@ -99,7 +105,7 @@ void test_format() {
     test_product<format, 3>(k, false);
     test_product<format, 2>(k, true);
   }
-  test_product<format, 2>(2100, false);  // longer than one run of sums
+  test_product<format, 2>(2102, false);  // longer than one run of sums
 }
 
 // bfloat16 is packed without being widened: what comes out is what its numbers as floats give.
@@ -191,15 +197,18 @@ void test_onto() {
           {reinterpret_cast<const char*>(ones.data()), Format::kFloat32, k, 1, kLanes}, k,
           aligned(memory) + v * kLanes * 4, 2 * kLanes * 4, nullptr, nullptr);
     }
-    const PackedView view{aligned(memory), round_up(k, group_size(format)) / group_size(format),
-                          packed_panel_bytes(format, k, 2)};
+    PackedView view{aligned(memory), round_up(k, group_size(format)) / group_size(format),
+                    packed_panel_bytes(format, k, 2)};
+    const std::vector<float> bias(2 * kLanes, 2.0f);
+    if (k > 1000) view.bias = bias.data();
     const int rows = tile_rows(format, 2);
     std::vector<char> row(static_cast<size_t>(staged_row_bytes(format, k)) + 64);
     stage_row<format>(reinterpret_cast<const char*>(ones.data()), Format::kFloat32, k,
                       aligned(row));
     std::vector<float> out(static_cast<size_t>(rows * 2 * kLanes), 0.5f);
     multiply_rows<format, 2>(rows, view, 0, {aligned(row), 0}, out.data(), 2 * kLanes, true);
-    for (const float value : out) CHECK_EQ(value, 0.5f + static_cast<float>(k));
+    const float before = view.bias ? 2.5f : 0.5f;
+    for (const float value : out) CHECK_EQ(value, before + static_cast<float>(k));
   }
 }
 
@@ -229,7 +238,10 @@ void test_beside(int64_t k, int64_t tile_k) {
       }
     };
     constexpr int kPanels = kBesidePanels<NV>, kRows = kBesideRows<NV>, kWidth = NV * kLanes;
-    const Matrix w(kPanels + 1, k), tile_w(2, tile_k);
+    Matrix w(kPanels + 1, k), tile_w(2, tile_k);
+    std::vector<float> bias(w.scale.size());
+    for (float& b : bias) b = next();
+    if (format != Format::kInt8 && k % 2 == 1) w.view.bias = tile_w.view.bias = bias.data();
     const auto staged = [](std::vector<char>& room, int rows, int64_t k) {
       const int64_t stride = staged_row_bytes(format, k);
       room.resize(static_cast<size_t>(rows * stride) + 64);
