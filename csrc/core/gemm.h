@@ -75,6 +75,8 @@ struct Ahead {
 
 // One tile: up to tile_rows(format, NV) rows by one panel. With `onto`, the result is added to what
 // stands in `out` (not for int8). gemm_cpu.cpp has it for NV 2 and 3.
+// The rows go by reference: GCC hands a view over by value as one load across two fresh stores,
+// which waits until everything stored before them has left (docs/performance.md).
 template <Format format, int NV>
 __attribute__((visibility("default"))) void multiply_rows(int rows, const PackedView& w,
                                                           int64_t panel, const RowsView& x,
