@@ -1,4 +1,6 @@
 // torch's side of scaled dot-product attention: check, allocate, launch.
+#include "attention/attention_binding.h"
+
 #include <algorithm>
 
 #include "attention/attention.h"
@@ -109,6 +111,8 @@ void launch(Attention& f) {
   chosen().run(f);
 }
 
+}  // namespace
+
 std::vector<Tensor> attention_forward(Tensor query, Tensor key, Tensor value, OptionalTensor bias,
                                       OptionalTensor lengths, OptionalTensor mask,
                                       OptionalTensor seed, bool causal, double scale,
@@ -125,6 +129,8 @@ std::vector<Tensor> attention_forward(Tensor query, Tensor key, Tensor value, Op
   launch(f);
   return result;
 }
+
+namespace {
 
 std::vector<Tensor> attention_backward(OptionalTensor grad_output, OptionalTensor grad_weights,
                                        Tensor query, Tensor key, Tensor value, OptionalTensor bias,
@@ -199,6 +205,8 @@ Heads varlen_of(const Tensor& t, int64_t heads, int64_t size, Format dtype, cons
   return {data(t), 0, t.stride(1) * bytes, t.stride(0) * bytes, starts};
 }
 
+}  // namespace
+
 Tensor varlen_attention(Tensor query, Tensor key, Tensor value, Tensor query_offsets,
                         Tensor memory_offsets, bool causal, double scale) {
   STD_TORCH_CHECK(query.dim() == 3 && key.dim() == 3 && value.dim() == 3,
@@ -226,8 +234,6 @@ Tensor varlen_attention(Tensor query, Tensor key, Tensor value, Tensor query_off
   launch(f);
   return result;
 }
-
-}  // namespace
 
 STABLE_TORCH_LIBRARY_FRAGMENT(encdec_fast_cpu, m) {
   m.def(

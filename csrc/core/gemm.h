@@ -67,10 +67,11 @@ struct RowsView {
   RowsView from(int64_t row) const { return {data + row * stride, stride, step}; }
 };
 
-// Which of how many tiles that all read one panel a tile is. Together they ask for the panel behind
-// it: for weights that come from memory, or from a cache that cores share. No tiles: they do not.
+// Which of how many tiles that all read one panel a tile is. Together they ask for the panel that
+// comes next, so many panels further on: for weights that come from memory, or from a cache that
+// cores share. One tile, or none: they do not, for its weights are read in order anyway.
 struct Ahead {
-  int64_t tile = 0, tiles = 0;
+  int64_t tile = 0, tiles = 0, distance = 1;
 };
 
 // One tile: up to tile_rows(format, NV) rows by one panel. With `onto`, the result is added to what

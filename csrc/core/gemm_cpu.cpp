@@ -25,11 +25,21 @@ ENCDEC_INLINE void widen_row(const char* words, int64_t count, char* wide) {
 
 template <Format format, int MR, int NV, bool ahead>
 __attribute__((noinline)) void multiply_tile(const PackedView& w, int64_t panel, const RowsView& x,
-                                             float* out, int64_t out_stride, bool onto) {
+                                             float* out, int64_t out_stride, bool onto,
+                                             Ahead tile) {
   using D = Dot<format>;
   constexpr int kSplit = split_sums(MR * NV);
   constexpr int kStep = NV * kLanes * weight_group_bytes(format);
   const char* p = w.data + panel * w.panel_bytes;
+  // The first tile of a panel would wait for weights that come from memory. So each tile asks for
+  // its part of the next panel, a line or less in each of its steps: all at once they would wait
+  // for each other.
+  const char* ask = nullptr;
+  int64_t ask_bytes = 0;
+  if constexpr (ahead) {
+    ask = p + w.panel_bytes * tile.distance + w.panel_bytes * tile.tile / tile.tiles;
+    ask_bytes = (kStep + tile.tiles - 1) / tile.tiles;
+  }
   // Four rows share a base pointer: the offsets 1, 2 and 3 strides need two registers.
   const char* base[(MR + 3) / 4];
 #pragma GCC unroll 8
@@ -63,7 +73,6 @@ __attribute__((noinline)) void multiply_tile(const PackedView& w, int64_t panel,
         weight[v] = D::template weights<part>(p + v * kLanes * weight_group_bytes(format));
         // In a register: of two or three rows GCC would load floats again for each.
         if constexpr ((MR == 2 || MR == 3) && format != Format::kInt8) asm("" : "+v"(weight[v]));
-        if constexpr (ahead && part == 0) __builtin_prefetch(p + w.panel_bytes + v * 64, 0, 2);
       }
 #pragma GCC unroll 16
       for (int r = 0; r < MR; ++r) {
@@ -76,6 +85,10 @@ __attribute__((noinline)) void multiply_tile(const PackedView& w, int64_t panel,
     constexpr std::integral_constant<int, 1> kSecond;
     const char* wide_at = wide;
     const auto step = [&](int s) __attribute__((always_inline)) {
+      if constexpr (ahead) {
+        __builtin_prefetch(ask, 0, 2);
+        ask += ask_bytes;
+      }
       if constexpr (!D::kWide) {
         products(kFirst, s, [&](int r) { return base[r / 4] + (r % 4) * x.stride; });
 #pragma GCC unroll 8
@@ -132,12 +145,12 @@ __attribute__((noinline)) void multiply_tile(const PackedView& w, int64_t panel,
 
 template <Format format, int MR, int NV, bool ahead>
 ENCDEC_INLINE void multiply_up_to(int rows, const PackedView& w, int64_t panel, const RowsView& x,
-                                  float* out, int64_t out_stride, bool onto) {
+                                  float* out, int64_t out_stride, bool onto, Ahead tile) {
   if constexpr (MR > 0) {
     if (rows == MR) {
-      multiply_tile<format, MR, NV, ahead>(w, panel, x, out, out_stride, onto);
+      multiply_tile<format, MR, NV, ahead>(w, panel, x, out, out_stride, onto, tile);
     } else {
-      multiply_up_to<format, MR - 1, NV, ahead>(rows, w, panel, x, out, out_stride, onto);
+      multiply_up_to<format, MR - 1, NV, ahead>(rows, w, panel, x, out, out_stride, onto, tile);
     }
   }
 }
@@ -165,7 +178,7 @@ __attribute__((noinline)) void multiply_on_amx(int rows, const PackedView& w, in
     const bool direct = !int8 && first && !w.bias;
     p.out = reinterpret_cast<char*>(direct ? out : sums);
     p.out_stride = (direct ? out_stride : NV * kLanes) * 4;
-    p.ahead = p.weights + w.panel_bytes;
+    p.ahead = p.weights + w.panel_bytes * ahead.distance;
     amx_multiply(p);
     for (int r = 0; r < rows && !direct; ++r) {
 #pragma GCC unroll 4
@@ -188,10 +201,6 @@ __attribute__((noinline)) void multiply_on_amx(int rows, const PackedView& w, in
 
 }  // namespace
 
-// The first tile of a panel waits for its weights, so the second asks for the next panel's. With
-// many tiles that wait is a small part, and asking costs more.
-constexpr int64_t kFewTiles = 4;
-
 template <Format format, int NV>
 void multiply_rows(int rows, const PackedView& w, int64_t panel, const RowsView& x, float* out,
                    int64_t out_stride, bool onto, Ahead ahead) {
@@ -202,13 +211,13 @@ void multiply_rows(int rows, const PackedView& w, int64_t panel, const RowsView&
     }
   }
   constexpr int kRows = max_tile_rows(NV);
-  if constexpr (NV == 2) {
-    if (ahead.tile == 1 && ahead.tiles <= kFewTiles) {
-      multiply_up_to<format, kRows, NV, true>(rows, w, panel, x, out, out_stride, onto);
+  if constexpr (NV == 2) {  // with three it costs more than it gains
+    if (ahead.tiles > 1) {
+      multiply_up_to<format, kRows, NV, true>(rows, w, panel, x, out, out_stride, onto, ahead);
       return;
     }
   }
-  multiply_up_to<format, kRows, NV, false>(rows, w, panel, x, out, out_stride, onto);
+  multiply_up_to<format, kRows, NV, false>(rows, w, panel, x, out, out_stride, onto, ahead);
 }
 
 // Every kind of tile that a kernel uses.

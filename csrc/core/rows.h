@@ -128,35 +128,49 @@ ENCDEC_INLINE void stage_vector(char* p, Float v, float inverse = 1.0f) {
   }
 }
 
-// One row of k numbers to its staged form; the bytes up to the next multiple of kLanes numbers are
-// written too (a staged row has room for them). Returns the row's scale: 1, but for int8 the
-// largest magnitude / 127, and NaN for a row with a NaN or infinity in it, which so stays in its
-// row.
-template <Format format>
-inline float stage_row(const char* src, Format dtype, int64_t k, char* dst) {
-  const int bytes = element_bytes(dtype);
-  if (format == Format::kBfloat16 && dtype == format) {
-    std::memcpy(dst, src, static_cast<size_t>(k * bytes));
-    std::memset(dst + k * bytes, 0, static_cast<size_t>((round_up(k, kLanes) - k) * bytes));
-    return 1.0f;
-  }
+// `stage_row` of numbers of one dtype, known when the loops are compiled: of int8 branches in them
+// cost as much as the arithmetic.
+template <Format format, Format dtype>
+inline float stage_row_of(const char* src, int64_t k, char* dst) {
+  constexpr int kBytes = element_bytes(dtype);
+  const auto each_vector = [&](const auto& visit) __attribute__((always_inline)) {
+    int64_t i = 0;
+    for (; i + kLanes <= k; i += kLanes) visit(i, load_as(dtype, src + i * kBytes));
+    if (i < k) visit(i, load_as(dtype, src + i * kBytes, static_cast<int>(k - i)));
+  };
   float scale = 1.0f, inverse = 1.0f;
   if constexpr (format == Format::kInt8) {
     // Magnitudes are in the order of their bits, infinity and NaN behind all others.
     Int largest = izero();
-    for (int64_t i = 0; i < k; i += kLanes) {
-      largest = imax(largest, bits(abs(load_as(dtype, src + i * bytes, lanes_left(i, k)))));
-    }
+    each_vector([&](int64_t, Float v)
+                    __attribute__((always_inline)) { largest = imax(largest, bits(abs(v))); });
     const Float top = from_bits(largest);
     const bool bad = any_not_le(top, set1(std::numeric_limits<float>::max()));
     const float m = reduce_max(top);
     scale = bad ? std::numeric_limits<float>::quiet_NaN() : m / 127.0f;
     inverse = bad || m < 1e-30f ? 0.0f : 127.0f / m;
   }
-  for (int64_t i = 0; i < k; i += kLanes) {
-    const Float v = load_as(dtype, src + i * bytes, lanes_left(i, k));
+  each_vector([&](int64_t i, Float v) __attribute__((always_inline)) {
     stage_vector<format>(staged_at<format>(dst, i), v, inverse);
+  });
+  return scale;
+}
+
+// One row of k numbers to its staged form; the bytes up to the next multiple of kLanes numbers are
+// written too (a staged row has room for them). Returns the row's scale: 1, but for int8 the
+// largest magnitude / 127, and NaN for a row with a NaN or infinity in it, which so stays in its
+// row.
+template <Format format>
+inline float stage_row(const char* src, Format dtype, int64_t k, char* dst) {
+  if (format == Format::kBfloat16 && dtype == format) {
+    const int bytes = element_bytes(dtype);
+    std::memcpy(dst, src, static_cast<size_t>(k * bytes));
+    std::memset(dst + k * bytes, 0, static_cast<size_t>((round_up(k, kLanes) - k) * bytes));
+    return 1.0f;
   }
+  float scale = 1.0f;
+  with_dtype(dtype,
+             [&](auto from) { scale = stage_row_of<format, decltype(from)::value>(src, k, dst); });
   return scale;
 }
 

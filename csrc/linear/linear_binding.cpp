@@ -1,4 +1,6 @@
 // torch's side of the linear kernel: check, allocate, launch.
+#include "linear/linear_binding.h"
+
 #include "core/torch_tensor.h"
 #include "core/workspace.h"
 #include "linear/linear.h"
@@ -31,7 +33,8 @@ Tensor linear_pack(Tensor weight, int64_t format) {
   return packed;
 }
 
-// The result, or nothing where the block was not made from the weight's present values.
+}  // namespace
+
 std::vector<Tensor> linear_forward(Tensor input, Tensor weight, Tensor packed, OptionalTensor bias,
                                    int64_t activation, OptionalTensor residual, int64_t norm,
                                    OptionalTensor norm_weight, OptionalTensor norm_bias,
@@ -85,6 +88,8 @@ std::vector<Tensor> linear_forward(Tensor input, Tensor weight, Tensor packed, O
   chosen().run(f);
   return result;
 }
+
+namespace {
 
 // A matrix with contiguous rows, of any leading sizes.
 void check_rows(const Tensor& t, int64_t size, Format dtype, const char* name) {

@@ -159,10 +159,6 @@ class LinearRun {
 
  private:
   int64_t part(int64_t n, int i) const { return n * i / members_; }
-  // The matrix unit is done with a panel before the next one has come.
-  static Ahead ahead(int64_t tile, int64_t tiles) {
-    return amx_chosen ? Ahead{tile, tiles} : Ahead{};
-  }
   float* scales() const { return reinterpret_cast<float*>(own_ + places_.scales); }
   float* results(int64_t r) const {
     const int64_t chunk = call_.plan.split_rows ? rank_ * call_.plan.chunk_rows : 0;
@@ -182,7 +178,7 @@ class LinearRun {
         const int64_t row = tiles.begin(i);
         const int n = static_cast<int>(tiles.begin(i + 1) - row);
         multiply_rows<format, kVectors>(n, weight_, p, {own_ + row * places_.row, places_.row},
-                                        tile, kPanel, false, ahead(i, tiles.count));
+                                        tile, kPanel, false, {i, tiles.count});
         finish(first, row, n, p * kPanel, tile);
       }
     }

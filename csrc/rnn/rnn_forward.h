@@ -19,6 +19,11 @@ namespace ENCDEC_ISA_NAMESPACE {
 // States up to this size are prefetched as a whole.
 constexpr int64_t kFetchedState = 16 * 1024;
 
+// Weights of a direction that are larger than this, half of a usual L3, come from memory or from
+// far away in L3: a block of them is asked for while the one before it is multiplied
+// (docs/performance).
+constexpr int64_t kFromMemory = int64_t{16} << 20;
+
 // What else enters a step beside its input and the state, made from the state of the step before.
 struct NoFeed {
   static constexpr bool kActive = false;
@@ -42,7 +47,8 @@ class ForwardRun : ForwardCells<cell, format> {
       : Base(call, dir, workspace, rank, members),
         feed_(feed),
         barrier_(barrier),
-        beside_(call.beside_rows > 0) {}
+        beside_(call.beside_rows > 0),
+        asks_(header_.bytes > kFromMemory) {}
 
   void run() {
     prepare();
@@ -176,6 +182,7 @@ class ForwardRun : ForwardCells<cell, format> {
     while (t < chunk.end) {
       const int64_t n = stage_input(t, r, chunk.end);
       const RowTiles tiles(n, tile_rows(format, NV));
+      const int64_t asking = asks_ ? tiles.count : 0;
       for (int64_t b = first_; b < last_; ++b) {
         for (int64_t i = 0; i < tiles.count; ++i) {
           const int64_t row = tiles.begin(i);
@@ -183,7 +190,7 @@ class ForwardRun : ForwardCells<cell, format> {
           for (int64_t panel = b * Bl::kPanels; panel < (b + 1) * Bl::kPanels; ++panel) {
             float* const out = panel_gates(panel, done + row);
             multiply_rows<format, NV>(rows, ih_, panel, {staged_input() + row * stride, stride},
-                                      out, kRowFloats);
+                                      out, kRowFloats, false, {i, asking, Bl::kPanels});
             scale_products(panel, row, rows, out);
           }
         }
@@ -274,6 +281,7 @@ class ForwardRun : ForwardCells<cell, format> {
       // Every other step goes through the blocks backwards: it starts with those that are still in
       // L2 where a member's share of W_hh is larger than that.
       const int64_t b = now ? last_ - 1 - i_block : first_ + i_block;
+      const int64_t asking = asks_ && i_block + 1 < last_ - first_ ? tiles.count : 0;
       for (int64_t i = 0; i < tiles.count; ++i) {
         const int64_t row = tiles.begin(i);
         const int rows = static_cast<int>(tiles.begin(i + 1) - row);
@@ -281,7 +289,8 @@ class ForwardRun : ForwardCells<cell, format> {
         if (!h_is_zero) {
           for (int p = 0; p < Bl::kPanels; ++p) {
             multiply_rows<format, NV>(rows, hh_, b * Bl::kPanels + p, h.from(row),
-                                      products + p * NV * kLanes, kRowFloats);
+                                      products + p * NV * kLanes, kRowFloats, false,
+                                      {i, asking, now ? -Bl::kPanels : Bl::kPanels});
           }
         }
         if constexpr (Feed::kActive) feed_->add_products(b, row, rows, gates(b, gate_row + row));
@@ -334,6 +343,7 @@ class ForwardRun : ForwardCells<cell, format> {
   Feed* const feed_;
   Barrier& barrier_;
   const bool beside_;
+  const bool asks_;
   Ahead ahead_{};
 };
 

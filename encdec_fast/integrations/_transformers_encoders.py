@@ -17,7 +17,15 @@ from encdec_fast.backends import Description
 from encdec_fast.integrations._transformers_decoders import ACTIVATIONS
 from encdec_fast.integrations._transformers_requests import is_given
 from encdec_fast.nn import LayerNorm, Linear
-from encdec_fast.nn._transformer import BACKENDS, ModuleCall, part_of, plain, product, why_torch
+from encdec_fast.nn._transformer import (
+    BACKENDS,
+    ModuleCall,
+    feed_forward,
+    part_of,
+    plain,
+    product,
+    why_torch,
+)
 from encdec_fast.ops._call import State, needs_gradient
 from encdec_fast.ops.attention import attention
 from encdec_fast.ops.linear import describe as describe_linear
@@ -47,11 +55,9 @@ class _Fused:
         activation = ACTIVATIONS[type(parts["activation_fn"]).__name__]
         if self.norm_first:
             x = self._attend(first(x), attention_mask, x, None)
-            hidden = product(parts["fc1"], second(x), activation)
-            return product(parts["fc2"], hidden, "", x)
+            return feed_forward(parts["fc1"], parts["fc2"], second(x), activation, x)
         x = self._attend(x, attention_mask, x, first)
-        hidden = product(parts["fc1"], x, activation)
-        return product(parts["fc2"], hidden, "", x, second)
+        return feed_forward(parts["fc1"], parts["fc2"], x, activation, x, second)
 
     def _parts(self) -> Any:
         return self.__dict__["_modules"]

@@ -13,6 +13,7 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from encdec_fast.backends import Backend, Description, select
 from encdec_fast.nn.linear import Linear
+from encdec_fast.ops import _blocks
 from encdec_fast.ops._call import State, autocasting, context_of, device_type, weight_dtype_name
 from encdec_fast.ops._cpu import CONTEXTS
 from encdec_fast.ops.attention import attention
@@ -230,6 +231,17 @@ def attend(
     assert weights is not None
     dtype = weight_dtype_name(getattr(module, "weight_dtype", None), training=False)
     batched = type(where) is Masks
+    if memory is query and weights.in_proj is not None:
+        if isinstance(where, Sentences):
+            shown: Any = (where.offsets, None, None, where.causal)
+        else:
+            shown = (None, *where)
+        own = (weights.in_proj, weights.bias, weights.out, weights.out_bias)
+        found = _blocks.self_attention(
+            query, residual, own, _norm_of(norm), module.num_heads, shown, dtype
+        )
+        if found is not None:
+            return found
     inputs, arrange = (query, memory, memory), heads_second if batched else as_it_is
     q, k, v = project(weights, inputs, module.num_heads, dtype, arrange)
     if isinstance(where, Sentences):
@@ -249,11 +261,18 @@ def _finish(
     activation: str,
     weight_dtype: str,
 ) -> Tensor:
-    if norm is None:
-        return run(input, weight, bias, residual, None, None, activation, "", 0.0, weight_dtype)
-    scale: Any = norm._parameters
-    after = (residual, scale["weight"], scale["bias"], activation, "layer", norm.eps)
+    scale, shift, eps = _norm_of(norm) or (None, None, 0.0)
+    kind = "" if norm is None else "layer"
+    after = (residual, scale, shift, activation, kind, eps)
     return run(input, weight, bias, *after, weight_dtype)
+
+
+def _norm_of(norm: nn.LayerNorm | None) -> tuple[State, State, float] | None:
+    """Weight, bias and eps."""
+    if norm is None:
+        return None
+    own: Any = norm._parameters
+    return own["weight"], own["bias"], norm.eps
 
 
 def product(
@@ -267,6 +286,27 @@ def product(
     own: Any = module._parameters
     dtype = weight_dtype_name(getattr(module, "weight_dtype", None), training=False)
     return _finish(input, own["weight"], own["bias"], residual, norm, activation, dtype)
+
+
+def feed_forward(
+    first: nn.Module,
+    second: nn.Module,
+    x: Tensor,
+    activation: str,
+    residual: Tensor,
+    norm: nn.LayerNorm | None = None,
+) -> Tensor:
+    """norm(residual + second(activation(first(x)))), where both are linears."""
+    held = getattr(first, "weight_dtype", None)
+    if held == getattr(second, "weight_dtype", None):
+        one: Any = first._parameters
+        other: Any = second._parameters
+        own = (one["weight"], one["bias"], other["weight"], other["bias"])
+        dtype = weight_dtype_name(held, training=False)
+        found = _blocks.feed_forward(x, residual, own, activation, _norm_of(norm), dtype)
+        if found is not None:
+            return found
+    return product(second, product(first, x, activation), "", residual, norm)
 
 
 def activation_name(activation: Any) -> str:

@@ -20,9 +20,9 @@ from encdec_fast.nn._transformer import (
     Whole,
     activation_name,
     can_fuse,
+    feed_forward,
     masks_of,
     part_of,
-    product,
     why_torch,
 )
 from encdec_fast.nn.layer_norm import LayerNorm
@@ -171,8 +171,7 @@ class Layer(Whole):
     def feed_forward(self, x: Tensor, residual: Tensor, norm: Any = None) -> Tensor:
         parts: Any = self._modules
         name = activation_name(self.activation)
-        hidden = product(parts["linear1"], x, name)
-        return product(parts["linear2"], hidden, "", residual, norm)
+        return feed_forward(parts["linear1"], parts["linear2"], x, name, residual, norm)
 
     def describe(
         self, inputs: list[Tensor], attentions: list[tuple[str, Description]], torchs: str
