@@ -14,34 +14,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from encdec_fast.backends import requested_backend
-from encdec_fast.ops._call import PLAIN_TYPES, State, watched
-from encdec_fast.ops._cpu import FORMATS
-from encdec_fast.ops._packing import found
-from encdec_fast.ops.linear import ACTIVATIONS
+from encdec_fast.ops._call import State
+from encdec_fast.ops.linear import ACTIVATIONS, packed_again
 
 
 @functools.cache
 def _calls() -> tuple[Any, Any]:
     ops = torch.ops.encdec_fast_cpu
     return ops.self_attention_block.default, ops.feed_forward_block.default
-
-
-def _packed(
-    input: Tensor, weights: tuple[Tensor, Tensor], others: tuple[State, ...], weight_dtype: str
-) -> tuple[Tensor, Tensor] | None:
-    """The packed form of both weights; others: all tensors that the call reads beside these."""
-    if watched() or requested_backend() not in (None, "cpu") or not input.is_cpu:
-        return None
-    for tensor in (input, *weights, *others):
-        if tensor is not None and type(tensor) not in PLAIN_TYPES:
-            return None
-    weight_format = FORMATS.get(weight_dtype or input.dtype)
-    if weight_format is None:
-        return None
-    first = found("linear", [weights[0]], weight_format)
-    second = found("linear", [weights[1]], weight_format)
-    return None if first is None or second is None else (first, second)
 
 
 def _in_four(scores: State) -> State:
@@ -69,7 +49,7 @@ def self_attention(
     in_weight, in_bias, out_weight, out_bias = projections
     scale, shift, eps = (None, None, 0.0) if norm is None else norm
     others = (residual, in_bias, out_bias, scale, shift, *where[:3])
-    blocks = _packed(input, (in_weight, out_weight), others, weight_dtype)
+    blocks = packed_again(input, (in_weight, out_weight), others, weight_dtype)
     if blocks is None:
         return None
     offsets, mask, bias, causal = where
@@ -110,7 +90,7 @@ def feed_forward(
     weight1, bias1, weight2, bias2 = products
     scale, shift, eps = (None, None, 0.0) if norm is None else norm
     others = (residual, bias1, bias2, scale, shift)
-    blocks = _packed(input, (weight1, weight2), others, weight_dtype)
+    blocks = packed_again(input, (weight1, weight2), others, weight_dtype)
     if blocks is None:
         return None
     result = _calls()[1](
