@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -246,4 +247,6 @@ def assert_as_good(
         scale = max(1.0, float(truth.detach().abs().max())) if truth.numel() else 1.0
         floor = (FLOOR_UNITS[factor] * torch.finfo(result.dtype).eps + relative) * scale
         ours, torchs = error(result, truth, mean), error(their, truth, mean)
+        # A limit that is infinite would let anything pass.
+        assert math.isfinite(torchs) and math.isfinite(scale), f"result {index}: {torchs}, {scale}"
         assert ours <= factor * torchs + floor, f"result {index}: {ours:.3g}, torch {torchs:.3g}"

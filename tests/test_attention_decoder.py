@@ -283,10 +283,17 @@ def test_nothing_there(sizes: tuple[int, ...], kind: str) -> None:
         for name in ("input", "h0", "c0", "context0", "keys", "values"):
             given[name] = given[name][:0].detach().requires_grad_()
         given["memory_lengths"] = None
-    output, c_n = attention_decoder(**given)
+    found = []
+    for backend in (None, "reference"):
+        with use_backend(backend):
+            output, c_n = results = attention_decoder(**given)
+            found.append([*results, *gradients(results, given, [torch.ones(())] * 2)])
     assert output.shape == (sizes[0], sizes[1], 6 + 8)
     assert c_n.shape == (sizes[0], 6)
-    (output.sum() + c_n.sum()).backward()
+    for ours, expected in zip(*found, strict=True):
+        torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-5)
+    if sizes[2] == 0:
+        assert not found[0][0][..., 6:].any()  # the context of an empty memory
 
 
 def test_explain(native: None) -> None:
@@ -408,6 +415,73 @@ def test_cell_goes_on_where_the_decoder_stops(cell: str, kind: str) -> None:
     torch.testing.assert_close(weight, alone[2], rtol=1e-4, atol=1e-5)
 
 
+@CELLS
+def test_coverage(cell: str) -> None:
+    """Each step is given the sum of the weights before it, of its own hypothesis."""
+    decoder = encdec_fast.nn.AttentionDecoder(4, 6, 5, attention_of("coverage"), cell)
+    attention = decoder.cell.attention
+    nn.init.normal_(attention.coverage_proj.weight, std=2.0)
+    input, memory = torch.randn(3, 4, 4), torch.randn(3, 8, 5)
+    lengths = torch.tensor([8, 3, 5])
+    output, state, weights = decoder(input, memory, None, lengths, True)
+    query = attention.query_proj(output[..., :6]).unsqueeze(2)
+    before = weights.cumsum(1) - weights
+    hidden = query + attention.memory_proj(memory).unsqueeze(1)
+    hidden = torch.tanh(hidden + attention.coverage_proj(before.unsqueeze(3)))
+    outside = (torch.arange(8) >= lengths[:, None]).unsqueeze(1)
+    expected = attention.score(hidden).squeeze(3).masked_fill(outside, -torch.inf).softmax(2)
+    torch.testing.assert_close(weights, expected, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(output[..., 6:], expected @ memory, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(state[-1], weights.sum(1), rtol=1e-4, atol=1e-5)
+    weights.square().sum().backward()
+    assert attention.coverage_proj.weight.grad.abs().sum() > 0
+
+    # It goes on where it stopped, and without its coverage it does not.
+    _, middle, _ = decoder(input[:, :2], memory, None, lengths, True)
+    rest, end, _ = decoder(input[:, 2:], memory, middle, lengths, True)
+    torch.testing.assert_close(rest, output[:, 2:], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(end[-1], state[-1], rtol=1e-4, atol=1e-5)
+    forgot, _, _ = decoder(input[:, 2:], memory, middle[:-1], lengths, True)
+    assert (forgot - rest).abs().max() > 1e-3
+
+    # Beams of a sentence share its memory, and not their coverage.
+    beams = [part.repeat_interleave(2, 0) for part in middle]
+    beams[-1] = beams[-1] * torch.tensor([0.0, 3.0]).repeat(3).unsqueeze(1)
+    x = torch.randn(6, 4)
+    together = decoder.cell(x, memory, tuple(beams), lengths, True)
+    for row in range(6):
+        own = slice(row, row + 1)
+        at = slice(row // 2, row // 2 + 1)
+        part = tuple(t[own] for t in beams)
+        alone = decoder.cell(x[own], memory[at], part, lengths[at], True)
+        torch.testing.assert_close(together[0][own], alone[0], rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(together[2][own], alone[2], rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(together[1][-1][own], alone[1][-1], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["coverage", "location", "output"])
+def test_attentions_that_are_not_the_op(kind: str) -> None:
+    """They go step by step, and `explain` says why."""
+    reason = {"coverage": "coverage", "location": "LocationAttention", "output": "output layer"}
+    attention: nn.Module
+    if kind == "output":
+        attention = encdec_fast.nn.LuongAttention(6, 5, output_size=5)
+    else:
+        attention = attention_of(kind)
+    decoder = encdec_fast.nn.AttentionDecoder(4, 6, 5, attention)
+    x, memory = torch.randn(2, 3, 4), torch.randn(2, 7, 5)
+    found = explain(decoder, x, memory, need_weights=True)
+    assert found.backend == "torch" and reason[kind] in str(found)
+    output, state, weights = decoder(x, memory, need_weights=True)
+    now: Any = None
+    for t in range(3):
+        step, now, weight = decoder.cell(x[:, t], memory, now, need_weights=True)
+        torch.testing.assert_close(output[:, t], step)
+        torch.testing.assert_close(weights[:, t], weight)
+    for a, b in zip(state, now, strict=True):
+        torch.testing.assert_close(a, b)
+
+
 def test_what_a_module_runs(native: None) -> None:
     decoder = encdec_fast.nn.AttentionDecoder(4, 6, 5, attention_of("additive"))
     arguments = (torch.randn(2, 3, 4), torch.randn(2, 7, 5))
@@ -415,8 +489,8 @@ def test_what_a_module_runs(native: None) -> None:
     expected = decoder(*arguments)[0]
     seen = []
     decoder.cell.cell.register_forward_hook(lambda *_: seen.append(1))
-    with pytest.raises(TypeError, match="step by step"):
-        explain(decoder, *arguments)
+    found = explain(decoder, *arguments, need_weights=True)
+    assert found.backend == "torch" and "step by step: a part has a hook" in str(found)
     torch.testing.assert_close(decoder(*arguments)[0], expected, rtol=1e-4, atol=1e-5)
     assert len(seen) == 3
 
@@ -440,8 +514,7 @@ def test_rounded_weights_step_by_step(native: None) -> None:
     with torch.no_grad():
         exact = decoder(x, memory)[0]
         encdec_fast.optimize(decoder, "int8")
-        with pytest.raises(TypeError, match="step by step"):
-            explain(decoder, x, memory)
+        assert "step by step: a part rounds its weights" in str(explain(decoder, x, memory))
         difference = (decoder(x, memory)[0] - exact).abs().max()
     assert 0 < difference < 0.05
     with pytest.raises(RuntimeError, match="weight_dtype"):

@@ -292,3 +292,20 @@ def test_bad_probability() -> None:
     for p in (-0.1, 1.5):
         with pytest.raises(ValueError, match="dropout_p"):
             attention(**given, dropout_p=p)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("name", ["query", "key", "value"])
+def test_double_backward_of_one_input(name: str, dtype: torch.dtype) -> None:
+    """The others need no gradient, and autograd has none for them."""
+    given = {
+        part: torch.randn(2, 2, 5, 4, dtype=dtype, requires_grad=part == name)
+        for part in ("query", "key", "value")
+    }
+    found = []
+    for backend in (None, "reference"):
+        with use_backend(backend):
+            total = attention(**given).pow(3).sum()
+            (first,) = torch.autograd.grad(total, given[name], create_graph=True)
+            found += torch.autograd.grad(first.square().sum(), given[name])
+    torch.testing.assert_close(found[0], found[1], rtol=1e-3, atol=1e-4)

@@ -514,3 +514,22 @@ def test_triton_refuses(interpreter: None) -> None:
     with torch.no_grad(), use_backend("triton"):
         linear(tensors["input"], wide, activation="relu")
         assert explain(linear, **tensors, activation="relu").backend == "triton"
+
+
+@pytest.mark.parametrize("activation", [None, "gelu", "gelu_tanh", "silu"])
+@pytest.mark.parametrize("norm", [None, "layer", "rms"])
+def test_gradcheck(activation: str | None, norm: str | None) -> None:
+    shapes = (3, 4), (5, 4), (5,), (3, 5), (5,), (5,)  # input, weight, bias, residual, a norm's two
+    given = [torch.randn(shape, dtype=torch.float64, requires_grad=True) for shape in shapes]
+    if norm is None:
+        given = given[:4]
+
+    def function(
+        input: Tensor, weight: Tensor, bias: Tensor, residual: Tensor, *own: Tensor
+    ) -> Tensor:
+        scale, shift = own or (None, None)
+        options: dict[str, Any] = {"activation": activation, "norm": norm, "residual": residual}
+        return linear(input, weight, bias, **options, norm_weight=scale, norm_bias=shift)
+
+    assert torch.autograd.gradcheck(function, given)
+    assert torch.autograd.gradgradcheck(function, given)

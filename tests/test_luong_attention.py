@@ -128,9 +128,7 @@ def test_gradcheck(score: str, need_weights: bool) -> None:
         )
 
     assert torch.autograd.gradcheck(function, tuple(given.values()))
-    # float64 runs torch's own attention where it may, and that has no second derivative.
-    with use_backend("reference"):
-        assert torch.autograd.gradgradcheck(function, tuple(given.values()))
+    assert torch.autograd.gradgradcheck(function, tuple(given.values()))
 
 
 @ALL_SCORES

@@ -208,7 +208,8 @@ def test_gradients(form: str, masks: str, options: str) -> None:
         total = (output * torch.linspace(-1, 1, output.numel(), dtype=dtype).view_as(output)).sum()
         total = total + weights.square().sum()
         gradients = torch.autograd.grad(total, [*leaves, *module.parameters()])
-        found.append([g.nan_to_num(0.0) for g in gradients])
+        # Where torch has NaN for a query without keys, we have zeros.
+        found.append(gradients if module is ours else [g.nan_to_num(0.0) for g in gradients])
     assert_as_good(*found, 3.0)
 
 

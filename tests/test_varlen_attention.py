@@ -112,3 +112,15 @@ def test_bad_input(changed: tuple[int, Tensor], other_backend: str) -> None:
     given[changed[0]] = changed[1]
     with pytest.raises(RuntimeError, match=r"varlen_attention|offsets"), use_backend(other_backend):
         varlen_attention(*given)
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_gradcheck(causal: bool) -> None:
+    *tensors, queries, memory = make(([2, 0, 3], [3, 2, 4], 4, 2, 3, 2), torch.float64)
+    leaves = [tensor.requires_grad_() for tensor in tensors]
+
+    def function(*own: Tensor) -> Tensor:
+        return varlen_attention(*own, queries, memory, causal=causal)
+
+    assert torch.autograd.gradcheck(function, leaves)
+    assert torch.autograd.gradgradcheck(function, leaves)

@@ -89,15 +89,16 @@ def check_lengths(
     requests: list[Request],
     config: GenerationConfig,
 ) -> None:
-    for prompt, _, _ in requests:
-        if config.limit(len(prompt)) <= len(prompt):
+    limits = {size: config.limit(size) for size in {len(prompt) for prompt, _, _ in requests}}
+    for size, limit in limits.items():
+        if limit <= size:
             raise ValueError(
-                f"generate: a prefix of {len(prompt)} tokens with the start token leaves none to "
+                f"generate: a prefix of {size} tokens with the start token leaves none to "
                 f"write, max_length is {config.max_length}"
             )
     if decoder is None or not requests:
         return
-    limit = max(config.limit(len(prompt)) for prompt, _, _ in requests)
+    limit = max(limits.values())
     most = decoder.max_target_length
     # The last token is written, but not read.
     if most is not None and limit - 1 > most:
@@ -114,5 +115,5 @@ def check_lengths(
     check_vocabulary(config, requests, decoder.output.weight.shape[0])
     rows = decoder.embedding.shape[0]
     for prompt, _, _ in requests:
-        if not all(0 <= token < rows for token in prompt):
+        if min(prompt) < 0 or max(prompt) >= rows:
             raise IndexError(f"generate: a prompt has a token outside of the embedding's {rows}")

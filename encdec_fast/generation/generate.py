@@ -67,11 +67,13 @@ class GenerationOutput:
     @cached_property
     def sequences(self) -> Tensor:
         """(sentences * num_return_sequences, longest) int64: tokens, then fill_token."""
-        rows = [torch.tensor(h.tokens) for sentence in self.hypotheses for h in sentence]
+        rows = [h.tokens for sentence in self.hypotheses for h in sentence]
         if not rows:
             return torch.empty(0, 0, dtype=torch.int64)
-        fill = float(self.fill_token)
-        return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=fill)
+        longest = max(map(len, rows))
+        # As one list: a tensor for each row costs more than all that is in them.
+        filled = [row + [self.fill_token] * (longest - len(row)) for row in rows]
+        return torch.tensor(filled, dtype=torch.int64)
 
     @cached_property
     def scores(self) -> Tensor:

@@ -8,14 +8,15 @@ import torch
 from torch import Tensor, nn
 
 from encdec_fast.backends import Description
-from encdec_fast.nn._parts import LISTENERS, why_called
+from encdec_fast.nn._parts import LISTENERS, describe_called, why_called
 from encdec_fast.nn.additive_attention import AdditiveAttention, Lengths
 from encdec_fast.nn.cells import GRUCell, LSTMCell
 from encdec_fast.nn.location_attention import LocationAttention
 from encdec_fast.nn.luong_attention import LuongAttention
 from encdec_fast.ops.attention_decoder import attention_decoder, describe
 
-# (h, c, context) of an LSTM, (h, context) of a GRU; (B, H), (B, H), (B, M)
+# (h, c, context) of an LSTM, (h, context) of a GRU; (B, H), (B, H), (B, M). Where the attention has
+# a coverage, it comes last: (B, S), the sum of the weights so far.
 State = tuple[Tensor, ...]
 _CELLS: dict[str, Any] = {"lstm": LSTMCell, "gru": GRUCell}
 
@@ -43,6 +44,9 @@ class AttentionDecoderCell(nn.Module):
         context = attention(h.unsqueeze(1), memory).squeeze(1)
         output = torch.cat([h, context], -1)
 
+    An AdditiveAttention with coverage is given the sum of the weights of all steps before, which is
+    the last part of the state.
+
     Luong, Pham and Manning, 2015 (arXiv:1508.04025), section 3.3, with the context itself fed.
     """
 
@@ -69,16 +73,22 @@ class AttentionDecoderCell(nn.Module):
     def extra_repr(self) -> str:
         return f"{self.input_size}, {self.hidden_size}, {self.memory_size}"
 
+    @property
+    def _covers(self) -> bool:
+        """Whether the attention is given the sum of the weights before."""
+        return isinstance(self.attention, AdditiveAttention) and self.attention.coverage
+
     def first_state(self, input: Tensor, state: Any = None) -> State:
         """The state before the first step, for rows as input has.
 
-        state: None (zeros), the encoder's final h or (h, c), or a whole state. RuntimeError if it
-        has another number of parts.
+        state: None (zeros), the encoder's final h or (h, c), these and a context, or a whole state,
+        whose coverage is only there where it was given. RuntimeError if it has another number of
+        parts.
         """
         rows = input.shape[0]
         parts = (state,) if isinstance(state, Tensor) else tuple(state or ())
         sizes = [self.hidden_size] * (2 if self.kind == "lstm" else 1) + [self.memory_size]
-        if len(parts) not in (0, len(sizes) - 1, len(sizes)):
+        if len(parts) not in (0, len(sizes) - 1, len(sizes), len(sizes) + self._covers):
             raise RuntimeError(
                 f"AttentionDecoder: state must be {len(sizes) - 1} tensors, or {len(sizes)} with "
                 f"the context, but it is {len(parts)}"
@@ -104,6 +114,19 @@ class AttentionDecoderCell(nn.Module):
         context, weights = found if need else (found, None)
         return context.flatten(0, 1), None if weights is None else weights.flatten(0, 1)
 
+    def _attend_covered(
+        self, h: Tensor, memory: Tensor, lengths: Lengths, keys: Tensor, coverage: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """(context, weights) of a query per row, which has a coverage, so a memory, of its own."""
+        beams = h.shape[0] // max(1, memory.shape[0])
+        if beams > 1:
+            memory, keys = (t.repeat_interleave(beams, 0) for t in (memory, keys))
+            if lengths is not None:
+                lengths = torch.as_tensor(lengths).repeat_interleave(beams)
+        options = {"keys": keys, "coverage": coverage}
+        context, weights = self.attention(h.unsqueeze(1), memory, lengths, True, **options)
+        return context.squeeze(1), weights.squeeze(1)
+
     def forward(
         self,
         input: Tensor,
@@ -127,6 +150,11 @@ class AttentionDecoderCell(nn.Module):
                 f"the {memory.shape[0]} sentences of memory"
             )
         state = self.first_state(input, state)
+        coverage: Tensor | None = None
+        if self._covers:
+            known = 3 if self.kind == "lstm" else 2
+            rest, state = state[known:], state[:known]
+            coverage = rest[0] if rest else memory.new_zeros(input.shape[0], memory.shape[1])
         hx = state[:-1] if self.kind == "lstm" else state[0]
         first = isinstance(self.attention, LocationAttention)
         context = state[-1]
@@ -138,10 +166,19 @@ class AttentionDecoderCell(nn.Module):
         if not first:
             keys = self.project_memory(memory) if keys is None else keys
             options = {} if keys is None else {"keys": keys}
-            given = [new[0]]
-            context, weights = self._attend(given, memory, memory_lengths, need_weights, **options)
+            if coverage is not None:
+                assert keys is not None
+                given_covered = (new[0], memory, memory_lengths, keys, coverage)
+                context, weights = self._attend_covered(*given_covered)
+                coverage = coverage + weights
+            else:
+                given = [new[0]]
+                context, weights = self._attend(
+                    given, memory, memory_lengths, need_weights, **options
+                )
         output = torch.cat([new[0], context], dim=1)
-        found = (output, (*new, context))
+        covered = () if coverage is None else (coverage,)
+        found = (output, (*new, context, *covered))
         return (*found, weights) if need_weights else found
 
 
@@ -184,43 +221,52 @@ class AttentionDecoder(nn.Module):
         (zeros), the encoder's final h or (h, c), each (B, hidden_size), or these and a context.
         memory_lengths: int64 (B) on the CPU, or a list, each from 0 to S. Returns the output
         (B, T, hidden_size + memory_size), h and context side by side; the state after the last
-        step, (h, c, context) or for a GRU (h, context); weights (B, T, S). RuntimeError for sizes
-        that do not fit.
+        step, (h, c, context) or for a GRU (h, context), and last the coverage where there is one;
+        weights (B, T, S). RuntimeError for sizes that do not fit.
         """
         state = self.cell.first_state(input, state)
-        arguments = self._arguments(input, memory, state, memory_lengths)
-        if arguments is None:
+        if self._why_steps():
             return self._steps(input, memory, state, memory_lengths, need_weights)
-        tensors, options = arguments
+        tensors, options = self._arguments(input, memory, state, memory_lengths)
         output, c_n, *weights = attention_decoder(*tensors, **options, need_weights=need_weights)
         if input.shape[1] > 0:
             last = output[:, -1].split([self.cell.hidden_size, self.cell.memory_size], dim=1)
             state = (last[0], c_n, last[1]) if self.cell.kind == "lstm" else last
         return (output, state, *weights)
 
-    def _arguments(
-        self, input: Tensor, memory: Tensor, state: State, memory_lengths: Lengths
-    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-        """The arguments of the op, or None where the steps must be taken one at a time."""
+    def _why_steps(self) -> str:
+        """Why the steps must be taken one at a time; "" where they are one op."""
         attention: Any = self.cell.attention
         cell: Any = self.cell.cell
         kind, plain = type(attention), (nn.LSTMCell, nn.GRUCell, LSTMCell, GRUCell)
-        if type(cell) not in plain or _is_watched(self.cell):
-            return None
+        if type(cell) not in plain:
+            return "the cell was replaced"
+        if _is_watched(self.cell):
+            return "a part has a hook or a forward of its own"
         if any(getattr(part, "weight_dtype", None) for part in (cell, *attention.children())):
-            return None  # rounded weights are the parts' own affair
+            return "a part rounds its weights"  # which is its own affair
         read = {"query_proj": False, "score": False, "score_proj": False}
-        if why_called(attention, {n: bias for n, bias in read.items() if n in attention._modules}):
-            return None
+        called = why_called(attention, {n: b for n, b in read.items() if n in attention._modules})
+        if called:
+            return called
+        if kind is AdditiveAttention:
+            return "the attention has a coverage" if attention.coverage else ""
+        if kind is LuongAttention:
+            return "" if attention.output_size is None else "the attention has an output layer"
+        return f"the attention is {kind.__name__}"
+
+    def _arguments(
+        self, input: Tensor, memory: Tensor, state: State, memory_lengths: Lengths
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """The arguments of the op."""
+        attention: Any = self.cell.attention
+        cell: Any = self.cell.cell
         query_weight = score_weight = None
-        if kind is AdditiveAttention and not attention.coverage:
+        if type(attention) is AdditiveAttention:
             query_weight, score_weight = attention.query_proj.weight, attention.score.weight[0]
-        elif kind is LuongAttention and attention.output_size is None:
-            if attention.score == "concat":
-                query_weight = attention.query_proj.weight
-                score_weight = attention.score_proj.weight[0]
-        else:
-            return None
+        elif attention.score == "concat":
+            query_weight = attention.query_proj.weight
+            score_weight = attention.score_proj.weight[0]
         h, c = state[0], state[1] if self.cell.kind == "lstm" else None
         biases = (cell.bias_ih, cell.bias_hh) if cell.bias else (None, None)
         keys = attention.project_memory(memory)
@@ -251,12 +297,17 @@ class AttentionDecoder(nn.Module):
         return (*whole, torch.stack(weights, dim=1)) if need_weights else whole
 
     def _encdec_fast_describe(
-        self, input: Tensor, memory: Tensor, state: Any = None, memory_lengths: Lengths = None
+        self,
+        input: Tensor,
+        memory: Tensor,
+        state: Any = None,
+        memory_lengths: Lengths = None,
+        need_weights: bool = False,
     ) -> Description:
         """What `explain` asks of a module."""
+        reason = self._why_steps()
+        if reason:
+            return describe_called("attention_decoder", input, f"it goes step by step: {reason}")
         state = self.cell.first_state(input, state)
-        arguments = self._arguments(input, memory, state, memory_lengths)
-        if arguments is None:
-            raise TypeError("explain: the decoder runs its cell step by step; ask about the cell's")
-        tensors, options = arguments
-        return describe(*tensors, **options)
+        tensors, options = self._arguments(input, memory, state, memory_lengths)
+        return describe(*tensors, **options, need_weights=need_weights)

@@ -107,7 +107,15 @@ class Recorded(torch.autograd.Function):
         saved = ctx.saved_tensors
         own, output = ctx.own, ctx.output
         if torch.is_grad_enabled():
-            own = [None if t is None else t.view_as(t) for t in saved[:4]]
+            # A tensor of which no gradient is needed is one of its own here: grad() takes no other.
+            own = [
+                None
+                if t is None
+                else t.view_as(t)
+                if t.requires_grad
+                else t.detach().requires_grad_()
+                for t in saved[:4]
+            ]
             output = ctx.reference(ctx.call, *own, *saved[4:])[0]
         wanted = [t for t in own if t is not None]
         found = torch.autograd.grad(

@@ -36,7 +36,7 @@ double worst_error(float range) {
       for (int l = 0; l < kLanes; ++l) {
         const double exact = std::tanh(static_cast<double>(q) + static_cast<double>(k[l]));
         const double error = std::fabs(out[l] - exact);
-        if (!(error <= worst)) worst = error;
+        check::raise(worst, error);
       }
     }
   }
@@ -69,7 +69,7 @@ double worst_pair_error(float range) {
         const double exact = v * r(static_cast<double>(q) + static_cast<double>(k[0][l])) +
                              w * r(static_cast<double>(other) + static_cast<double>(k[1][l]));
         const double error = std::fabs(out[l] - exact) / (v - w);
-        if (!(error <= worst)) worst = error;
+        check::raise(worst, error);
       }
     }
   }

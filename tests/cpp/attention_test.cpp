@@ -95,7 +95,7 @@ void test_attention(const AttentionKernels& kernels, int64_t Tq, int64_t S, int6
           for (size_t i = 0; i < keys.size(); ++i) {
             expected += p[i] * at(f.value, b, h * G / H, keys[i], c);
           }
-          worst = std::max(worst, std::fabs(at(f.output, b, h, t, c) - expected));
+          check::raise(worst, std::fabs(at(f.output, b, h, t, c) - expected));
         }
       }
     }

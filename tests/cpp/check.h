@@ -27,6 +27,11 @@ static inline bool near(double a, double b, double tolerance) {
   return a == b || difference <= tolerance;
 }
 
+// Makes `worst` the larger of the two; a NaN stays, whatever comes behind it.
+static inline void raise(double& worst, double error) {
+  if (worst == worst && !(error <= worst)) worst = error;
+}
+
 }  // namespace check
 
 #define CHECK(condition) check::record(bool(condition), __FILE__, __LINE__, #condition)

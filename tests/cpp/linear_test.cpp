@@ -66,7 +66,7 @@ void test(const Kernels& kernels, Format format, int64_t M, int64_t N, int64_t K
     for (int64_t n = 0; n < N; ++n) {
       double expected = row[static_cast<size_t>(n)];
       if (norm != Norm::kNone) expected = (expected - mean) / std::sqrt(square + 0.1);
-      worst = std::max(worst, std::fabs(double(y[static_cast<size_t>(m * N + n)]) - expected));
+      check::raise(worst, std::fabs(double(y[static_cast<size_t>(m * N + n)]) - expected));
     }
   }
   CHECK_NEAR(worst, 0.0, allowed);
@@ -102,17 +102,17 @@ void test_backward(const Kernels& kernels, int64_t M, int64_t N, int64_t K, int 
     for (int64_t k = 0; k < K; ++k) {
       double sum = 0.0;
       for (int64_t n = 0; n < N; ++n) sum += at(grad, m * N + n) * at(w, n * K + k);
-      worst = std::max(worst, std::fabs(sum - at(gx, m * K + k)));
+      check::raise(worst, std::fabs(sum - at(gx, m * K + k)));
     }
   }
   for (int64_t n = 0; n < N; ++n) {
     double bias = 0.0;
     for (int64_t m = 0; m < M; ++m) bias += at(grad, m * N + n);
-    worst = std::max(worst, std::fabs(bias - at(gb, n)));
+    check::raise(worst, std::fabs(bias - at(gb, n)));
     for (int64_t k = 0; k < K; ++k) {
       double sum = 0.0;
       for (int64_t m = 0; m < M; ++m) sum += at(grad, m * N + n) * at(x, m * K + k);
-      worst = std::max(worst, std::fabs(sum - at(gw, n * K + k)));
+      check::raise(worst, std::fabs(sum - at(gw, n * K + k)));
     }
   }
   CHECK_NEAR(worst, 0.0, 1e-4);

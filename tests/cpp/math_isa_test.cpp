@@ -43,7 +43,7 @@ Worst worst_ulps(float low, float high, Function function, Exact exact) {
       store(out, function(load(in)));
       for (int l = 0; l < kLanes; ++l) {
         const double error = ulps(out[l], exact(static_cast<double>(in[l])));
-        if (!(error <= worst.error)) worst = {error, in[l]};
+        if (!std::isnan(worst.error) && !(error <= worst.error)) worst = {error, in[l]};
       }
     }
   };
