@@ -15,10 +15,26 @@ using namespace encdec::linear;
 
 namespace {
 
+double activated(Activation activation, double x) {
+  switch (activation) {
+    case Activation::kRelu:
+      return std::max(x, 0.0);
+    case Activation::kGelu:
+      return 0.5 * x * (1.0 + std::erf(x / std::sqrt(2.0)));
+    case Activation::kGeluTanh:
+      return 0.5 * x * (1.0 + std::tanh(0.7978845608028654 * (x + 0.044715 * x * x * x)));
+    case Activation::kSilu:
+      return x / (1.0 + std::exp(-x));
+    default:
+      return x;
+  }
+}
+
 void test(const Kernels& kernels, Format format, int64_t M, int64_t N, int64_t K, int threads,
-          bool split, Norm norm) {
+          bool split, Norm norm, Activation activation = Activation::kRelu) {
   std::vector<float> x = random_floats(M * K), w = random_floats(N * K), bias = random_floats(N),
-                     residual = random_floats(M * N), y(static_cast<size_t>(M * N));
+                     residual = random_floats(M * N), y(static_cast<size_t>(M * N)),
+                     norm_weight = random_floats(N), norm_bias = random_floats(N);
   Lines packed(kernels.packed_bytes(N, K, format));
   kernels.pack({Format::kFloat32, chars(w), K, N, K}, format, threads, packed.data);
   Linear f{};
@@ -30,11 +46,13 @@ void test(const Kernels& kernels, Format format, int64_t M, int64_t N, int64_t K
   f.input = chars(x);
   f.input_stride = K * 4;
   f.bias = chars(bias);
-  f.activation = Activation::kRelu;
+  f.activation = activation;
   f.residual = chars(residual);
   f.residual_stride = N * 4;
   f.norm = norm;
   f.norm_eps = 0.1f;
+  f.norm_weight = chars(norm_weight);
+  f.norm_bias = chars(norm_bias);
   f.output = chars(y);
   f.output_stride = N * 4;
   plan(f, format, threads);
@@ -58,14 +76,18 @@ void test(const Kernels& kernels, Format format, int64_t M, int64_t N, int64_t K
         sum +=
             double(x[static_cast<size_t>(m * K + k)]) * double(w[static_cast<size_t>(n * K + k)]);
       }
-      row.push_back(std::max(sum, 0.0) + double(residual[static_cast<size_t>(m * N + n)]));
+      row.push_back(activated(activation, sum) + double(residual[static_cast<size_t>(m * N + n)]));
       mean += row.back() / double(N);
     }
     if (norm != Norm::kLayer) mean = 0.0;
     for (double r : row) square += (r - mean) * (r - mean) / double(N);
     for (int64_t n = 0; n < N; ++n) {
       double expected = row[static_cast<size_t>(n)];
-      if (norm != Norm::kNone) expected = (expected - mean) / std::sqrt(square + 0.1);
+      if (norm != Norm::kNone) {
+        expected = (expected - mean) / std::sqrt(square + 0.1);
+        expected = expected * double(norm_weight[static_cast<size_t>(n)]) +
+                   double(norm_bias[static_cast<size_t>(n)]);
+      }
       check::raise(worst, std::fabs(double(y[static_cast<size_t>(m * N + n)]) - expected));
     }
   }
@@ -136,6 +158,11 @@ void run_tests() {
           test(kernels(isa), format, 40, 70, 33, 3, split, norm);
           test(kernels(isa), format, 5, 64, 130, 2, split, norm);
         }
+      }
+      for (const Activation activation :
+           {Activation::kNone, Activation::kGelu, Activation::kGeluTanh, Activation::kSilu}) {
+        test(kernels(isa), format, 40, 70, 33, 3, true, Norm::kNone, activation);
+        test(kernels(isa), format, 5, 64, 130, 2, false, Norm::kLayer, activation);
       }
     }
   }
