@@ -495,6 +495,22 @@ def test_what_a_module_runs(native: None) -> None:
     assert len(seen) == 3
 
 
+@CELLS
+@pytest.mark.parametrize("kind", ["additive", "coverage", "general", "location"])
+def test_what_a_step_runs(cell: str, kind: str, native: None) -> None:
+    """`explain` of the cell: of its recurrent cell and of its attention."""
+    step = encdec_fast.nn.AttentionDecoder(4, 6, 5, attention_of(kind), cell).cell
+    x, memory = torch.randn(4, 4), torch.randn(2, 7, 5)
+    _, state = step(x, memory)
+    with torch.no_grad():
+        for given in (None, state):
+            found = explain(step, x, memory, given, [7, 3], need_weights=True)
+            assert found.backend == "cpu"
+    step.cell = (nn.LSTMCell if cell == "lstm" else nn.GRUCell)(9, 6)
+    found = explain(step, x, memory)
+    assert found.backend == "torch" and "cell is none of encdec_fast" in str(found)
+
+
 def test_a_replaced_projection_is_called(native: None) -> None:
     decoder = encdec_fast.nn.AttentionDecoder(4, 6, 5, attention_of("additive"))
     decoder.cell.attention.query_proj = nn.Linear(6, 7)  # with a bias

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from typing import Any
 
 import pytest
@@ -345,3 +347,29 @@ def test_as_near_as_torchs_kernel(name: str, masks: str, dtype: torch.dtype, ker
     theirs, truth = (run(sdpa, detached(given, t)) for t in (dtype, torch.float64))
     assert_as_good(ours[0], theirs[0], truth[0], 2.0)
     assert_as_good(ours[1], theirs[1], truth[1], 3.0)
+
+
+MEMORY = """
+import resource, torch
+from encdec_fast.ops import attention
+
+def peak():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+def run(length):
+    parts = [torch.ones(1, 8, length, 64, requires_grad=True) for _ in range(3)]
+    before = peak()
+    attention(*parts, causal=True).sum().backward()
+    return peak() - before
+
+run(4)
+print(run(4096))
+"""
+
+
+def test_memory_is_linear_in_the_length(native: None) -> None:
+    """Forward and backward: the scores alone would take 537 MB, an input takes 8."""
+    found = subprocess.run(
+        [sys.executable, "-c", MEMORY], capture_output=True, text=True, check=True, timeout=120
+    )
+    assert int(found.stdout) < 8 * 4096 * 4096 * 4 / 8

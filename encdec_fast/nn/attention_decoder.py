@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from encdec_fast.backends import Description
 from encdec_fast.nn._parts import LISTENERS, describe_called, why_called
+from encdec_fast.nn._transformer import BACKENDS, ModuleCall, part_of
 from encdec_fast.nn.additive_attention import AdditiveAttention, Lengths
 from encdec_fast.nn.cells import GRUCell, LSTMCell
 from encdec_fast.nn.location_attention import LocationAttention
@@ -180,6 +181,35 @@ class AttentionDecoderCell(nn.Module):
         covered = () if coverage is None else (coverage,)
         found = (output, (*new, context, *covered))
         return (*found, weights) if need_weights else found
+
+    def _encdec_fast_describe(
+        self,
+        input: Tensor,
+        memory: Tensor,
+        state: Any = None,
+        memory_lengths: Lengths = None,
+        need_weights: bool = False,
+        *,
+        keys: Tensor | None = None,
+    ) -> Description:
+        """What `explain` asks of a module."""
+        state = self.first_state(input, state)
+        context = state[2 if self.kind == "lstm" else 1]
+        hx = state[:2] if self.kind == "lstm" else state[0]
+        asked: dict[str, tuple[Any, ...]] = {"cell": (torch.cat([input, context], dim=1), hx)}
+        queries = [input, state[0]] if isinstance(self.attention, LocationAttention) else [state[0]]
+        given = [rows.unflatten(0, (memory.shape[0], -1)) for rows in queries]
+        asked["attention"] = (*given, memory, memory_lengths, need_weights)
+        reasons, parts = [], []
+        for name, arguments in asked.items():
+            describe_part = getattr(self._modules[name], "_encdec_fast_describe", None)
+            if describe_part is None:
+                reasons.append(f"{name} is none of encdec_fast")
+            else:
+                parts.append(part_of(describe_part(*arguments), name))
+        call = ModuleCall(tuple(reasons), tuple(parts))
+        sizes = f"{tuple(input.shape)} {input.dtype} {input.device.type}"
+        return Description("attention_decoder_cell", BACKENDS, call, sizes, lambda backend: "")
 
 
 class AttentionDecoder(nn.Module):
