@@ -458,11 +458,32 @@ def test_coverage(cell: str) -> None:
         torch.testing.assert_close(together[2][own], alone[2], rtol=1e-4, atol=1e-5)
         torch.testing.assert_close(together[1][-1][own], alone[1][-1], rtol=1e-4, atol=1e-5)
 
+    # A list of lengths is the same, wherever tensors are made; what fits nobody is said.
+    with torch.device("meta"):
+        listed = decoder.cell(x, memory, tuple(beams), lengths.tolist(), True)
+    torch.testing.assert_close(listed[0], together[0])
+    with pytest.raises(RuntimeError, match=r"must have shape \(3,\)"):
+        decoder.cell(x, memory, tuple(beams), [3, 3])
+    with pytest.raises(RuntimeError, match="with the coverage"):
+        decoder.cell(x, memory, (*beams, x))
+
+    # Nothing there: no steps, no rows, no sentences.
+    _, still, _ = decoder(input[:, :0], memory, None, lengths, True)
+    assert len(still) == len(state) and not still[-1].any()
+    for rows, own_memory in ((x[:0], memory), (x[:0], memory[:0])):
+        output, after = decoder.cell(rows, own_memory)
+        assert output.shape == (0, 11) and after[-1].shape == (0, 8)
+        assert explain(decoder.cell, rows, own_memory) is not None
+
 
 @pytest.mark.parametrize("kind", ["coverage", "location", "output"])
 def test_attentions_that_are_not_the_op(kind: str) -> None:
     """They go step by step, and `explain` says why."""
-    reason = {"coverage": "coverage", "location": "LocationAttention", "output": "output layer"}
+    ways = {
+        "coverage": "has a coverage",
+        "location": "is LocationAttention",
+        "output": "has an output layer",
+    }
     attention: nn.Module
     if kind == "output":
         attention = encdec_fast.nn.LuongAttention(6, 5, output_size=5)
@@ -471,7 +492,9 @@ def test_attentions_that_are_not_the_op(kind: str) -> None:
     decoder = encdec_fast.nn.AttentionDecoder(4, 6, 5, attention)
     x, memory = torch.randn(2, 3, 4), torch.randn(2, 7, 5)
     found = explain(decoder, x, memory, need_weights=True)
-    assert found.backend == "torch" and reason[kind] in str(found)
+    assert f"step by step: the attention {ways[kind]}" in str(found)
+    with pytest.raises(RuntimeError, match="state must be"):
+        explain(decoder, x, memory, (x,) * 6)
     output, state, weights = decoder(x, memory, need_weights=True)
     now: Any = None
     for t in range(3):
@@ -490,7 +513,7 @@ def test_what_a_module_runs(native: None) -> None:
     seen = []
     decoder.cell.cell.register_forward_hook(lambda *_: seen.append(1))
     found = explain(decoder, *arguments, need_weights=True)
-    assert found.backend == "torch" and "step by step: a part has a hook" in str(found)
+    assert "step by step: a part has a hook" in str(found)
     torch.testing.assert_close(decoder(*arguments)[0], expected, rtol=1e-4, atol=1e-5)
     assert len(seen) == 3
 

@@ -8,8 +8,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from encdec_fast import generate
 from encdec_fast.models import RecurrentEncoderDecoder, TransformerEncoderDecoder
 from encdec_fast.models.transformer import sinusoidal_positions
+from encdec_fast.nn import AdditiveAttention
 
 SOURCES, TARGETS = 11, 13
 ATTENTIONS = ("additive", "dot", "general", "concat", "location", None)
@@ -241,3 +243,28 @@ def test_bad_options() -> None:
         RecurrentEncoderDecoder(5, 5, 4, 4, attention="location")
     with pytest.raises(ValueError, match="d_model must be even"):
         TransformerEncoderDecoder(5, 5, 5, 1, 1, 1, 4)
+
+
+@pytest.mark.parametrize("cell", ["lstm", "gru"])
+@pytest.mark.parametrize("layers", [1, 2])
+@pytest.mark.parametrize("beams", [1, 3])
+def test_generation_with_coverage(cell: str, layers: int, beams: int) -> None:
+    """Each hypothesis has a coverage of its own, and the score of its tokens, teacher-forced."""
+    torch.manual_seed(1)
+    model = recurrent(cell=cell, decoder_layers=layers).eval()
+    old: Any = model.decoder.cell.attention
+    sizes = (old.query_size, old.memory_size, old.attention_size)
+    model.decoder.cell.attention = AdditiveAttention(*sizes, coverage=True)
+    for parameter in model.parameters():
+        nn.init.normal_(parameter, std=0.7)
+    source = [[5, 6, 9, 2, 7], [7], [3, 4, 8]]
+    options = {"eos_token_id": 3, "max_length": 8, "length_penalty": 0.0, "num_beams": beams}
+    found = generate(model, source, decoder_start_token_id=2, **options).hypotheses
+    for tokens, (best, *_) in zip(source, found, strict=True):
+        target = torch.tensor([best.tokens])
+        with torch.no_grad():
+            scores = model(torch.tensor([tokens]), [len(tokens)], target[:, :-1])
+        log_probs = scores.log_softmax(-1).gather(2, target[:, 1:, None]).squeeze()
+        torch.testing.assert_close(best.score, float(log_probs.sum()), rtol=1e-4, atol=1e-4)
+        if beams == 1:
+            assert torch.equal(scores.argmax(-1), target[:, 1:])

@@ -93,6 +93,9 @@ OTHERS: dict[str, Callable[[Any, Tensor], Tensor]] = {
     "residual": lambda module, x: linear_op(
         x, module.weight, module.bias, residual=torch.zeros(M, N)
     ),
+    "a weight of another type": lambda module, x: linear_op(
+        x, module.weight.detach().as_subclass(Subclass), module.bias
+    ),
     "a bias of another type": lambda module, x: linear_op(
         x, module.weight, module.bias.detach().as_subclass(Subclass)
     ),

@@ -89,7 +89,8 @@ def check_lengths(
     requests: list[Request],
     config: GenerationConfig,
 ) -> None:
-    limits = {size: config.limit(size) for size in {len(prompt) for prompt, _, _ in requests}}
+    sizes = dict.fromkeys(len(prompt) for prompt, _, _ in requests)  # in their order
+    limits = {size: config.limit(size) for size in sizes}
     for size, limit in limits.items():
         if limit <= size:
             raise ValueError(

@@ -72,7 +72,7 @@ class GenerationOutput:
             return torch.empty(0, 0, dtype=torch.int64)
         longest = max(map(len, rows))
         # As one list: a tensor for each row costs more than all that is in them.
-        filled = [row + [self.fill_token] * (longest - len(row)) for row in rows]
+        filled = [[*row, *[self.fill_token] * (longest - len(row))] for row in rows]
         return torch.tensor(filled, dtype=torch.int64)
 
     @cached_property

@@ -1,4 +1,4 @@
-"""Encoder layers of transformers' models on fused calls: six for each layer.
+"""Encoder layers of transformers' models on fused calls: six for each layer, five once packed.
 
 Read from the classes as transformers 5.24 has them (transformers/models/*/modeling_*.py). A layer
 is swapped by giving it another class, a subclass of its own: its parameters and hooks stay, and so

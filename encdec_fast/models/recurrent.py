@@ -219,8 +219,10 @@ class RecurrentEncoderDecoder(nn.Module):
         if encoded.memory is None:
             return self._fed_step, (rows, encoded.context)
         memory, lengths = encoded.memory, torch.tensor(encoded.lengths)
-        context = memory.new_zeros(memory.shape[0], memory.shape[2])
-        return self._attending_step, (rows, context, memory, lengths)
+        B, S, M = memory.shape
+        sizes = [M, S] if self.decoder.cell.covers else [M]
+        fed = tuple(memory.new_zeros(B, size) for size in sizes)
+        return self._attending_step, (rows, fed, memory, lengths)
 
     def _fed_step(self, tokens: Tensor, state: Any) -> tuple[Tensor, Any]:
         rows, fed = state
@@ -231,11 +233,12 @@ class RecurrentEncoderDecoder(nn.Module):
         return self.output(output[:, 0]), (tuple(part.transpose(0, 1) for part in new), fed)
 
     def _attending_step(self, tokens: Tensor, state: Any) -> tuple[Tensor, Any, Tensor]:
-        rows, context, memory, lengths = state
+        rows, fed, memory, lengths = state  # fed: the context, and a coverage where there is one
         first = tuple(part[:, 0] for part in rows)
         embedded = self.target_embedding(tokens)
-        given = (embedded, memory, (*first, context), lengths)
-        output, (*new, context), weights = self.decoder.cell(*given, need_weights=True)
+        given = (embedded, memory, (*first, *fed), lengths)
+        output, new, weights = self.decoder.cell(*given, need_weights=True)
+        new, fed = new[: len(first)], new[len(first) :]
         parts = [part.unsqueeze(1) for part in new]
         if self.upper is not None:
             above = tuple(part[:, 1:].transpose(0, 1).contiguous() for part in rows)
@@ -245,8 +248,8 @@ class RecurrentEncoderDecoder(nn.Module):
                 torch.cat([part, other.transpose(0, 1)], dim=1)
                 for part, other in zip(parts, above, strict=True)
             ]
-            output = torch.cat([top[:, 0], context], dim=-1)
-        return self.output(output), (tuple(parts), context, memory, lengths), weights
+            output = torch.cat([top[:, 0], fed[0]], dim=-1)
+        return self.output(output), (tuple(parts), fed, memory, lengths), weights
 
 
 def _attention(

@@ -8,12 +8,13 @@ import torch
 from torch import Tensor, nn
 
 from encdec_fast.backends import Description
-from encdec_fast.nn._parts import LISTENERS, describe_called, why_called
+from encdec_fast.nn._parts import LISTENERS, why_called
 from encdec_fast.nn._transformer import BACKENDS, ModuleCall, part_of
 from encdec_fast.nn.additive_attention import AdditiveAttention, Lengths
 from encdec_fast.nn.cells import GRUCell, LSTMCell
 from encdec_fast.nn.location_attention import LocationAttention
 from encdec_fast.nn.luong_attention import LuongAttention
+from encdec_fast.ops._attention_checks import as_memory_lengths
 from encdec_fast.ops.attention_decoder import attention_decoder, describe
 
 # (h, c, context) of an LSTM, (h, context) of a GRU; (B, H), (B, H), (B, M). Where the attention has
@@ -28,6 +29,12 @@ def _is_watched(module: nn.Module) -> bool:
         if "forward" in part.__dict__ or any(getattr(part, name) for name in LISTENERS):
             return True
     return False
+
+
+def _of_sentences(given: list[Tensor], memory: Tensor) -> list[Tensor]:
+    """Rows (B beams, ...) as queries of their sentences, (B, beams, ...)."""
+    B = memory.shape[0]
+    return [rows.unflatten(0, (B, -1)) if B else rows.unsqueeze(1) for rows in given]
 
 
 class AttentionDecoderCell(nn.Module):
@@ -75,9 +82,13 @@ class AttentionDecoderCell(nn.Module):
         return f"{self.input_size}, {self.hidden_size}, {self.memory_size}"
 
     @property
-    def _covers(self) -> bool:
+    def covers(self) -> bool:
         """Whether the attention is given the sum of the weights before."""
-        return isinstance(self.attention, AdditiveAttention) and self.attention.coverage
+        own = self.attention
+        plain = (
+            isinstance(own, AdditiveAttention) and type(own).forward is AdditiveAttention.forward
+        )
+        return plain and bool(own.coverage)
 
     def first_state(self, input: Tensor, state: Any = None) -> State:
         """The state before the first step, for rows as input has.
@@ -89,13 +100,30 @@ class AttentionDecoderCell(nn.Module):
         rows = input.shape[0]
         parts = (state,) if isinstance(state, Tensor) else tuple(state or ())
         sizes = [self.hidden_size] * (2 if self.kind == "lstm" else 1) + [self.memory_size]
-        if len(parts) not in (0, len(sizes) - 1, len(sizes), len(sizes) + self._covers):
+        if len(parts) not in (0, len(sizes) - 1, len(sizes), len(sizes) + self.covers):
+            last = f", or {len(sizes) + 1} with the coverage" if self.covers else ""
             raise RuntimeError(
                 f"AttentionDecoder: state must be {len(sizes) - 1} tensors, or {len(sizes)} with "
-                f"the context, but it is {len(parts)}"
+                f"the context{last}, but it is {len(parts)}"
             )
         missing = sizes[len(parts) :]
         return parts + tuple(input.new_zeros(rows, size) for size in missing)
+
+    def _covered_state(self, input: Tensor, memory: Tensor, state: Any) -> tuple[State, State]:
+        """`first_state` in two parts: without the coverage, and it, if there is any."""
+        state = self.first_state(input, state)
+        if not self.covers:
+            return state, ()
+        known = 3 if self.kind == "lstm" else 2
+        zeros = memory.new_zeros(input.shape[0], memory.shape[1])
+        return state[:known], state[known:] or (zeros,)
+
+    def _check_rows(self, input: Tensor, memory: Tensor) -> None:
+        if memory.shape[0] and input.shape[0] % memory.shape[0]:
+            raise RuntimeError(
+                f"AttentionDecoderCell: input has {input.shape[0]} rows, which is no multiple of "
+                f"the {memory.shape[0]} sentences of memory"
+            )
 
     def project_memory(self, memory: Tensor) -> Tensor | None:
         """The keys of a memory, once for all steps; None where the attention has none."""
@@ -107,11 +135,7 @@ class AttentionDecoderCell(nn.Module):
         self, given: list[Tensor], memory: Tensor, lengths: Lengths, need: bool, **options: Any
     ) -> Any:
         """(context, weights or None) of a query per row; a sentence's beams are its queries."""
-        queries = [
-            rows.unflatten(0, (memory.shape[0], -1)) if memory.shape[0] else rows.unsqueeze(1)
-            for rows in given
-        ]
-        found = self.attention(*queries, memory, lengths, need, **options)
+        found = self.attention(*_of_sentences(given, memory), memory, lengths, need, **options)
         context, weights = found if need else (found, None)
         return context.flatten(0, 1), None if weights is None else weights.flatten(0, 1)
 
@@ -120,10 +144,10 @@ class AttentionDecoderCell(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """(context, weights) of a query per row, which has a coverage, so a memory, of its own."""
         beams = h.shape[0] // max(1, memory.shape[0])
-        if beams > 1:
+        if beams != 1:
+            lengths = as_memory_lengths(lengths, memory)
+            lengths = None if lengths is None else lengths.repeat_interleave(beams)
             memory, keys = (t.repeat_interleave(beams, 0) for t in (memory, keys))
-            if lengths is not None:
-                lengths = torch.as_tensor(lengths).repeat_interleave(beams)
         options = {"keys": keys, "coverage": coverage}
         context, weights = self.attention(h.unsqueeze(1), memory, lengths, True, **options)
         return context.squeeze(1), weights.squeeze(1)
@@ -145,17 +169,8 @@ class AttentionDecoderCell(nn.Module):
         `project_memory` returned for this memory. Returns the output (rows, hidden_size +
         memory_size), the new state, and weights (rows, S). RuntimeError for sizes that do not fit.
         """
-        if memory.shape[0] and input.shape[0] % memory.shape[0]:
-            raise RuntimeError(
-                f"AttentionDecoderCell: input has {input.shape[0]} rows, which is no multiple of "
-                f"the {memory.shape[0]} sentences of memory"
-            )
-        state = self.first_state(input, state)
-        coverage: Tensor | None = None
-        if self._covers:
-            known = 3 if self.kind == "lstm" else 2
-            rest, state = state[known:], state[:known]
-            coverage = rest[0] if rest else memory.new_zeros(input.shape[0], memory.shape[1])
+        self._check_rows(input, memory)
+        state, covered = self._covered_state(input, memory, state)
         hx = state[:-1] if self.kind == "lstm" else state[0]
         first = isinstance(self.attention, LocationAttention)
         context = state[-1]
@@ -167,18 +182,17 @@ class AttentionDecoderCell(nn.Module):
         if not first:
             keys = self.project_memory(memory) if keys is None else keys
             options = {} if keys is None else {"keys": keys}
-            if coverage is not None:
+            if covered:
                 assert keys is not None
-                given_covered = (new[0], memory, memory_lengths, keys, coverage)
-                context, weights = self._attend_covered(*given_covered)
-                coverage = coverage + weights
+                own = (new[0], memory, memory_lengths, keys, covered[0])
+                context, weights = self._attend_covered(*own)
+                covered = (covered[0] + weights,)
             else:
                 given = [new[0]]
                 context, weights = self._attend(
                     given, memory, memory_lengths, need_weights, **options
                 )
         output = torch.cat([new[0], context], dim=1)
-        covered = () if coverage is None else (coverage,)
         found = (output, (*new, context, *covered))
         return (*found, weights) if need_weights else found
 
@@ -193,12 +207,12 @@ class AttentionDecoderCell(nn.Module):
         keys: Tensor | None = None,
     ) -> Description:
         """What `explain` asks of a module."""
-        state = self.first_state(input, state)
-        context = state[2 if self.kind == "lstm" else 1]
-        hx = state[:2] if self.kind == "lstm" else state[0]
-        asked: dict[str, tuple[Any, ...]] = {"cell": (torch.cat([input, context], dim=1), hx)}
+        self._check_rows(input, memory)
+        state, _ = self._covered_state(input, memory, state)
+        hx = state[:-1] if self.kind == "lstm" else state[0]
+        asked: dict[str, tuple[Any, ...]] = {"cell": (torch.cat([input, state[-1]], dim=1), hx)}
         queries = [input, state[0]] if isinstance(self.attention, LocationAttention) else [state[0]]
-        given = [rows.unflatten(0, (memory.shape[0], -1)) for rows in queries]
+        given = _of_sentences(queries, memory)
         asked["attention"] = (*given, memory, memory_lengths, need_weights)
         reasons, parts = [], []
         for name, arguments in asked.items():
@@ -320,6 +334,8 @@ class AttentionDecoder(nn.Module):
             outputs.append(output)
             weights += weight
         if not outputs:
+            parts, covered = self.cell._covered_state(input[:, :0].flatten(1), memory, state)
+            state = (*parts, *covered)
             B, width = input.shape[0], self.cell.hidden_size + self.cell.memory_size
             nothing = input.new_zeros(B, 0, width), state, input.new_zeros(B, 0, memory.shape[1])
             return nothing if need_weights else nothing[:2]
@@ -335,9 +351,12 @@ class AttentionDecoder(nn.Module):
         need_weights: bool = False,
     ) -> Description:
         """What `explain` asks of a module."""
+        state = self.cell.first_state(input, state)
         reason = self._why_steps()
         if reason:
-            return describe_called("attention_decoder", input, f"it goes step by step: {reason}")
-        state = self.cell.first_state(input, state)
+            one = input.new_zeros(input.shape[0], input.shape[2])
+            given = (one, memory, state, memory_lengths, need_weights)
+            found = self.cell._encdec_fast_describe(*given)
+            return found._replace(op="attention_decoder", plan=lambda _: f"step by step: {reason}")
         tensors, options = self._arguments(input, memory, state, memory_lengths)
         return describe(*tensors, **options, need_weights=need_weights)

@@ -18,8 +18,8 @@ class TransformerEncoderLayer(Layer, nn.TransformerEncoderLayer):
 
     Arguments, parameters, initial values, state_dict, inputs, outputs and errors are those of
     torch.nn.TransformerEncoderLayer; masks are as in `encdec_fast.nn.MultiheadAttention`. Without
-    gradients and dropout a layer is five calls: activation, residual and norm are computed where
-    the products are. With gradients the parts run one after the other.
+    gradients and dropout a layer is five calls, and with packed weights two: activation, residual
+    and norm are computed where the products are. With gradients the parts run one after the other.
 
     Where a part was replaced by a module of another class, has a hook or is parametrized, a block
     (_sa_block, _mha_block, _ff_block) was replaced on the instance, or the masks do not fit, and
@@ -108,7 +108,7 @@ class TransformerDecoderLayer(Layer, nn.TransformerDecoderLayer):
     """torch.nn.TransformerDecoderLayer on the kernels of this package.
 
     Everything that is said of `encdec_fast.nn.TransformerEncoderLayer` is true of it too; it is
-    eight calls.
+    eight calls, and with packed weights five.
     """
 
     _parts = known(

@@ -410,7 +410,7 @@ def packed_again(
     """
     if watched() or requested_backend() not in (None, "cpu"):
         return None
-    for tensor in (input, *others):
+    for tensor in (input, *weights, *others):
         if tensor is not None and (type(tensor) not in PLAIN_TYPES or not tensor.is_cpu):
             return None
     weight_format = FORMATS.get(weight_dtype or input.dtype)
