@@ -27,17 +27,23 @@ class Watching(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
+def counted(monkeypatch: pytest.MonkeyPatch, module: Any, name: str) -> list[Any]:
+    """Grows by the arguments of each call of this function of a module."""
+    calls: list[Any] = []
+    real = getattr(module, name)
+
+    def call(*args: Any, **options: Any) -> Any:
+        calls.append(args)
+        return real(*args, **options)
+
+    monkeypatch.setattr(module, name, call)
+    return calls
+
+
 @pytest.fixture
 def asked(native: None, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Any]]:
     """Grows by one with each call that was asked about."""
-    calls: list[Any] = []
-    real = _recurrent.run
-
-    def run(*args: Any) -> Any:
-        calls.append(args)
-        return real(*args)
-
-    monkeypatch.setattr(_recurrent, "run", run)
+    calls = counted(monkeypatch, _recurrent, "run")
     with torch.no_grad(), use_backend(None):
         yield calls
 

@@ -69,7 +69,8 @@ struct RowsView {
 
 // Which of how many tiles that all read one panel a tile is. Together they ask for the panel that
 // comes next, so many panels further on: for weights that come from memory, or from a cache that
-// cores share. One tile, or none: they do not, for its weights are read in order anyway.
+// cores share. Without tiles they do not, nor does a single one of vector instructions, for its
+// weights are read in order anyway.
 struct Ahead {
   int64_t tile = 0, tiles = 0, distance = 1;
 };

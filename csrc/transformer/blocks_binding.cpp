@@ -6,6 +6,7 @@
 #include <cmath>
 
 #include "attention/attention_binding.h"
+#include "linear/linear.h"
 #include "linear/linear_binding.h"
 
 namespace encdec::transformer {
@@ -16,7 +17,9 @@ using attention::attention_forward;
 using attention::varlen_attention;
 using linear::linear_forward;
 
-constexpr int64_t kNothing = 0, kLayerNorm = 1;  // as linear.h numbers activations and norms
+constexpr auto kNoActivation = static_cast<int64_t>(linear::Activation::kNone);
+constexpr auto kNoNorm = static_cast<int64_t>(linear::Norm::kNone);
+constexpr auto kLayerNorm = static_cast<int64_t>(linear::Norm::kLayer);
 
 bool usable(const Tensor& t, const Tensor& like) {
   return t.is_cpu() && t.is_contiguous() && t.scalar_type() == like.scalar_type();
@@ -104,12 +107,12 @@ std::vector<Tensor> self_attention_block(Tensor input, Tensor residual, Tensor i
     }
   }
   const std::vector<Tensor> projected =
-      linear_forward(input, in_weight, in_packed, in_bias, kNothing, std::nullopt, 0, std::nullopt,
-                     std::nullopt, 0.0);
+      linear_forward(input, in_weight, in_packed, in_bias, kNoActivation, std::nullopt, kNoNorm,
+                     std::nullopt, std::nullopt, 0.0);
   if (projected.empty()) return {};
   const Tensor context = attend(projected[0], heads, offsets, mask, bias, causal);
-  return linear_forward(context, out_weight, out_packed, out_bias, kNothing, residual,
-                        norm ? kLayerNorm : 0, norm_weight, norm_bias, norm_eps);
+  return linear_forward(context, out_weight, out_packed, out_bias, kNoActivation, residual,
+                        norm ? kLayerNorm : kNoNorm, norm_weight, norm_bias, norm_eps);
 }
 
 // norm(residual + linear2(activation(linear1(input)))).
@@ -124,11 +127,12 @@ std::vector<Tensor> feed_forward_block(Tensor input, Tensor residual, Tensor wei
       !is_weight(weight1, bias1, F, E, input) || !is_weight(weight2, bias2, E, F, input)) {
     return {};
   }
-  const std::vector<Tensor> hidden = linear_forward(
-      input, weight1, packed1, bias1, activation, std::nullopt, 0, std::nullopt, std::nullopt, 0.0);
+  const std::vector<Tensor> hidden =
+      linear_forward(input, weight1, packed1, bias1, activation, std::nullopt, kNoNorm,
+                     std::nullopt, std::nullopt, 0.0);
   if (hidden.empty()) return {};
-  return linear_forward(hidden[0], weight2, packed2, bias2, kNothing, residual,
-                        norm ? kLayerNorm : 0, norm_weight, norm_bias, norm_eps);
+  return linear_forward(hidden[0], weight2, packed2, bias2, kNoActivation, residual,
+                        norm ? kLayerNorm : kNoNorm, norm_weight, norm_bias, norm_eps);
 }
 
 }  // namespace

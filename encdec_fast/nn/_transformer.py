@@ -233,12 +233,12 @@ def attend(
     batched = type(where) is Masks
     if memory is query and weights.in_proj is not None:
         if isinstance(where, Sentences):
-            shown: Any = (where.offsets, None, None, where.causal)
+            seen: Any = (where.offsets, None, None, where.causal)
         else:
-            shown = (None, *where)
+            seen = (None, *where)
         own = (weights.in_proj, weights.bias, weights.out, weights.out_bias)
         found = _blocks.self_attention(
-            query, residual, own, _norm_of(norm), module.num_heads, shown, dtype
+            query, residual, own, _norm_of(norm), module.num_heads, seen, dtype
         )
         if found is not None:
             return found

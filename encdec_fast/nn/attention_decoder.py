@@ -115,8 +115,9 @@ class AttentionDecoderCell(nn.Module):
         if not self.covers:
             return state, ()
         known = 3 if self.kind == "lstm" else 2
-        zeros = memory.new_zeros(input.shape[0], memory.shape[1])
-        return state[:known], state[known:] or (zeros,)
+        if len(state) == known:
+            return state, (memory.new_zeros(input.shape[0], memory.shape[1]),)
+        return state[:known], state[known:]
 
     def _check_rows(self, input: Tensor, memory: Tensor) -> None:
         if memory.shape[0] and input.shape[0] % memory.shape[0]:
@@ -181,17 +182,15 @@ class AttentionDecoderCell(nn.Module):
         new = new if self.kind == "lstm" else (new,)
         if not first:
             keys = self.project_memory(memory) if keys is None else keys
-            options = {} if keys is None else {"keys": keys}
             if covered:
                 assert keys is not None
                 own = (new[0], memory, memory_lengths, keys, covered[0])
                 context, weights = self._attend_covered(*own)
                 covered = (covered[0] + weights,)
             else:
-                given = [new[0]]
-                context, weights = self._attend(
-                    given, memory, memory_lengths, need_weights, **options
-                )
+                options: dict[str, Any] = {} if keys is None else {"keys": keys}
+                own_rows = ([new[0]], memory, memory_lengths, need_weights)
+                context, weights = self._attend(*own_rows, **options)
         output = torch.cat([new[0], context], dim=1)
         found = (output, (*new, context, *covered))
         return (*found, weights) if need_weights else found

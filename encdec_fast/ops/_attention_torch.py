@@ -87,6 +87,11 @@ def torch_why_not(call: Any) -> list[str]:
     return reasons
 
 
+def _leaf_or_view(t: Tensor) -> Tensor:
+    """`t` for torch.autograd.grad, which takes no tensor of which no gradient is needed."""
+    return t.view_as(t) if t.requires_grad else t.detach().requires_grad_()
+
+
 class Recorded(torch.autograd.Function):
     """torch's kernel under autograd, whose own backward cannot be differentiated: where that is
     asked for, the reference is.
@@ -107,15 +112,7 @@ class Recorded(torch.autograd.Function):
         saved = ctx.saved_tensors
         own, output = ctx.own, ctx.output
         if torch.is_grad_enabled():
-            # A tensor of which no gradient is needed is one of its own here: grad() takes no other.
-            own = [
-                None
-                if t is None
-                else t.view_as(t)
-                if t.requires_grad
-                else t.detach().requires_grad_()
-                for t in saved[:4]
-            ]
+            own = [None if t is None else _leaf_or_view(t) for t in saved[:4]]
             output = ctx.reference(ctx.call, *own, *saved[4:])[0]
         wanted = [t for t in own if t is not None]
         found = torch.autograd.grad(

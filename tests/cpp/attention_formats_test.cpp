@@ -65,7 +65,7 @@ double allowed(Format format) {
   return format == Format::kFloat32 ? 1e-5 : format == Format::kFloat16 ? 2e-3 : 1.5e-2;
 }
 
-// f has its sizes and tensors; of each sentence it has `queries(b)` and `keys(b)`.
+// f has its sizes and tensors; the dtype is that of `numbers`. mean: room for the averaged weights.
 void test(const AttentionKernels& kernels, Attention& f, const Case& c, const Numbers& numbers,
           std::vector<float>* mean) {
   f.H = c.H;
