@@ -120,10 +120,10 @@ inline void read_columns(const ColumnSource& c, int64_t k0, int count, const Put
 
 // Asks for the block that is kAhead blocks further: its lines lie one per column or one per k, too
 // far apart for the hardware to foresee. A prefetch beyond the end of the matrix does nothing.
-inline void prefetch_columns(const ColumnSource& c, int64_t k0, int count) {
+ENCDEC_INLINE void prefetch_columns(const ColumnSource& c, int64_t k0, int count) {
   constexpr int64_t kAhead = 4 * kPackDepth;
   const int64_t bytes = element_bytes(c.dtype);
-  const auto fetch = [&](int64_t column, int64_t k, int64_t length) {
+  const auto fetch = [&](int64_t column, int64_t k, int64_t length) __attribute__((always_inline)) {
     const char* p = c.src + (column * c.lane_stride + k * c.k_stride) * bytes;
     for (int64_t at = 0; at < length * bytes; at += 64) _mm_prefetch(p + at, _MM_HINT_T0);
   };
@@ -185,6 +185,40 @@ inline void pack_halves(const ColumnSource& c, int64_t k, char* dst, int64_t ste
   }
 }
 
+// pack_columns of floats from floats: whole vectors of them, as many k as make whole squares.
+// Returns how many k that were. What it is called with goes into registers: a loop through a
+// pointer to it took twice as long (docs/performance.md).
+inline int64_t pack_floats(const ColumnSource& c, int64_t k, char* dst, int64_t step) {
+  constexpr int64_t kAheadBytes = 512, kAheadRows = 64;  // of what is read; of what is written
+  if (c.lanes < kLanes) return 0;
+  const char* from = c.src;
+  if (c.lane_stride == 1) {
+    const int64_t stride = c.k_stride * 4;
+    for (int64_t i = 0; i < k; ++i, from += stride, dst += step) {
+      _mm_prefetch(from + kAheadRows * stride, _MM_HINT_T0);
+      __builtin_prefetch(dst + kAheadRows * step, 1);
+      store(reinterpret_cast<float*>(dst), load(reinterpret_cast<const float*>(from)));
+    }
+    return k;
+  }
+  const int64_t stride = c.lane_stride * 4, whole = k / kLanes * kLanes;
+  for (int64_t i = 0; i < whole; i += kLanes, from += kLanes * 4, dst += kLanes * step) {
+    Float square[kLanes];
+#pragma GCC unroll 16
+    for (int l = 0; l < kLanes; ++l) {
+      _mm_prefetch(from + l * stride + kAheadBytes, _MM_HINT_T0);
+      square[l] = load(reinterpret_cast<const float*>(from + l * stride));
+    }
+    transpose(square);
+#pragma GCC unroll 16
+    for (int l = 0; l < kLanes; ++l) {
+      __builtin_prefetch(dst + (l + kAheadRows) * step, 1);
+      store(reinterpret_cast<float*>(dst + l * step), square[l]);
+    }
+  }
+  return whole;
+}
+
 // One vector of columns into its place in a panel: `dst` is the vector's first group, `step` the
 // bytes from group to group. `scale` and `start` (int8 only) receive kLanes values each.
 template <Format format>
@@ -192,6 +226,11 @@ inline void pack_columns(const ColumnSource& c, int64_t k, char* dst, int64_t st
                          int32_t* start) {
   if constexpr (format == Format::kBfloat16) {
     if (c.dtype == format) return pack_halves(c, k, dst, step);
+  }
+  int64_t done = 0;
+  if constexpr (format == Format::kFloat32) {
+    if (c.dtype == format) done = pack_floats(c, k, dst, step);
+    dst += done * step;
   }
   alignas(64) float block[kPackDepth * kLanes];
   const auto to_block = [&](int i, Float v) { store(block + i * kLanes, v); };
@@ -213,12 +252,11 @@ inline void pack_columns(const ColumnSource& c, int64_t k, char* dst, int64_t st
     inverse = div(set1(127.0f), max(set1(1e-30f), largest));
   }
   constexpr int kGroup = group_size(format);
-  for (int64_t k0 = 0; k0 < k; k0 += kPackDepth) {
+  for (int64_t k0 = done; k0 < k; k0 += kPackDepth) {
     const int count = static_cast<int>(k - k0 < kPackDepth ? k - k0 : kPackDepth);
     prefetch_columns(c, k0, count);
     if constexpr (format == Format::kFloat32) {
       read_columns(c, k0, count, [&](int i, Float v) __attribute__((always_inline)) {
-        __builtin_prefetch(dst + (i + 2 * kPackDepth) * step, 1);
         store(reinterpret_cast<float*>(dst + i * step), v);
       });
       dst += count * step;
@@ -253,6 +291,19 @@ inline void pack_columns(const ColumnSource& c, int64_t k, char* dst, int64_t st
   }
 }
 
+// `count` k of a panel of floats, from rows of floats.
+template <int vectors>
+inline void copy_panel(const char* from, int64_t stride, int64_t count, char* to) {
+  constexpr int64_t kAheadRows = 32;
+  for (int64_t k = 0; k < count; ++k, from += stride, to += vectors * kLanes * 4) {
+    for (int v = 0; v < vectors; ++v) {
+      _mm_prefetch(from + kAheadRows * stride + v * kLanes * 4, _MM_HINT_T0);
+      store(reinterpret_cast<float*>(to) + v * kLanes,
+            load(reinterpret_cast<const float*>(from) + v * kLanes));
+    }
+  }
+}
+
 // Panels [begin, end) of a matrix that is stored by its k: k rows of `columns` numbers, row_stride
 // numbers apart. `data` is panel 0's place. Some rows at a time for all panels, so that they are
 // read in the order in which they lie. Not for int8, whose scales need whole columns.
@@ -263,7 +314,14 @@ inline void pack_rows(const char* src, Format dtype, int64_t row_stride, int64_t
   const int bytes = element_bytes(dtype);
   for (int64_t k0 = 0; k0 < k; k0 += kPackDepth) {
     const int64_t count = k - k0 < kPackDepth ? k - k0 : kPackDepth;
-    for (int64_t i = begin * vectors; i < end * vectors; ++i) {
+    int64_t done = begin;
+    if (format == Format::kFloat32 && dtype == format) {
+      for (; done < end && (done + 1) * vectors * kLanes <= columns; ++done) {
+        copy_panel<vectors>(src + (k0 * row_stride + done * vectors * kLanes) * 4, row_stride * 4,
+                            count, data + done * panel_bytes + k0 * vectors * kVectorBytes);
+      }
+    }
+    for (int64_t i = done * vectors; i < end * vectors; ++i) {
       const int64_t first = i * kLanes;
       const ColumnSource source{src + (k0 * row_stride + first) * bytes, dtype, 1, row_stride,
                                 first < columns ? lanes_left(first, columns) : 0};

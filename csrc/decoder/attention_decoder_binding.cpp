@@ -164,7 +164,7 @@ std::vector<Tensor> attention_decoder_forward(int64_t cell, Tensor input, Tensor
   const int64_t block = round_up(recurrent().packed_bytes(in.shape, in.dtype), 64);
   const int64_t own = round_up(recurrent().forward_workspace(f.rnn), 64);
   const Workspace workspace(block + own + chosen().forward_workspace(f));
-  recurrent().pack(in.shape, in.weights, in.dtype, f.rnn.threads, workspace.data());
+  recurrent().pack(in.shape, in.weights, in.dtype, f.rnn.threads, true, workspace.data());
   dir.packed = workspace.data();
   f.rnn.workspace = workspace.data() + block;
   f.workspace = f.rnn.workspace + own;

@@ -74,9 +74,21 @@ struct StepTensor {
   }
 };
 
+// Weights of one direction as torch holds them; the matrices' rows may be strided.
+struct Weights {
+  Format dtype;
+  const char* ih = nullptr;  // (G H, I)
+  const char* hh = nullptr;  // (G H, P)
+  const char* b_ih = nullptr;
+  const char* b_hh = nullptr;
+  const char* hr = nullptr;                             // (P, H)
+  int64_t ih_stride = 0, hh_stride = 0, hr_stride = 0;  // elements
+};
+
 // Forward of one direction. The states are (B, size), contiguous, in batch positions.
 struct Direction {
-  const char* packed = nullptr;  // the direction's weights, as pack() left them
+  const char* packed = nullptr;       // the direction's weights, as pack() left them
+  const Weights* unpacked = nullptr;  // W_ih and W_hh, where pack() left them to forward()
   bool reverse = false;
   const char* h0 = nullptr;  // null: zeros
   const char* c0 = nullptr;
@@ -102,17 +114,6 @@ struct Forward {
   char* workspace = nullptr;
 };
 
-// Weights of one direction as torch holds them; the matrices' rows may be strided.
-struct Weights {
-  Format dtype;
-  const char* ih = nullptr;  // (G H, I)
-  const char* hh = nullptr;  // (G H, P)
-  const char* b_ih = nullptr;
-  const char* b_hh = nullptr;
-  const char* hr = nullptr;                             // (P, H)
-  int64_t ih_stride = 0, hh_stride = 0, hr_stride = 0;  // elements
-};
-
 struct BackwardDirection {
   Weights weights;
   bool reverse = false;
@@ -125,7 +126,7 @@ struct BackwardDirection {
   StepTensor grad_cells;
   const char* grad_h_n = nullptr;
   const char* grad_c_n = nullptr;
-  char* grad_h0 = nullptr;  // results, (B, size) and in the parameters' shapes
+  char* grad_h0 = nullptr;  // results, (B, size) and in the parameters' shapes; null without h0
   char* grad_c0 = nullptr;
   char* grad_ih = nullptr;
   char* grad_hh = nullptr;
@@ -166,7 +167,9 @@ struct PackedHeader {
 // What one instruction set offers. The packed form differs between instruction sets.
 struct Kernels {
   int64_t (*packed_bytes)(const Shape&, Format format);
-  void (*pack)(const Shape&, const Weights&, Format format, int threads, char* packed);
+  // Without `matrices`, forward() is to pack W_ih and W_hh (Direction::unpacked).
+  void (*pack)(const Shape&, const Weights&, Format format, int threads, bool matrices,
+               char* packed);
   // The rows whose input products can be made beside the steps of a single sequence, by `members`
   // of a team; 0 where there is no such kernel, or too little for it to do.
   int (*rows_beside)(const Shape&, Format format, int members);

@@ -22,10 +22,10 @@ template <Cell cell, Format format, class Feed = NoFeedBackward>
 class BackwardRun : BackwardCells<cell, format> {
   using Base = BackwardCells<cell, format>;
   using Base::add_bias_sums, Base::finish;
-  using Base::begin_gradients, Base::prefetch, Base::gate_gradients, Base::previous;
+  using Base::begin_gradients, Base::gate_gradients, Base::previous;
   using Base::call_, Base::s_, Base::q_, Base::dir_, Base::rank_, Base::members_, Base::places_;
   using Base::part, Base::smaller, Base::floats, Base::grad_row, Base::dh, Base::read;
-  using Base::work_, Base::own_, Base::apart_, Base::esize_, Base::kAhead;
+  using Base::work_, Base::own_, Base::apart_, Base::esize_;
   using typename Base::Sg, typename Base::Pl;
   static constexpr int NV = Pl::kVectors;
   static constexpr int kTileRoom = tile_room(format, NV);
@@ -42,7 +42,7 @@ class BackwardRun : BackwardCells<cell, format> {
     prepare();
     if constexpr (Feed::kActive) {
       feed_->prepare([&](const char* src, int64_t row_stride, int64_t n) {
-        pack_transposed(src, row_stride, n, Sg::kGates * places_.padded, feed_->packed(),
+        pack_transposed(src, row_stride, n, 0, Sg::kGates, feed_->packed(),
                         [](int i) { return Sg::gate_of_x(i); });
       });
     }
@@ -75,28 +75,27 @@ class BackwardRun : BackwardCells<cell, format> {
 
  private:
   void prepare() {
-    const int64_t k = Sg::kGates * places_.padded;
-    pack_transposed(dir_.weights.hh, dir_.weights.hh_stride, s_.P, k, work_ + places_.w_hh,
-                    [](int i) { return Sg::gate_of_h(i); });
-    pack_transposed(dir_.weights.ih, dir_.weights.ih_stride, s_.I, k, work_ + places_.w_ih,
-                    [](int i) { return Sg::gate_of_x(i); });
+    pack_transposed(dir_.weights.hh, dir_.weights.hh_stride, s_.P, 0, Sg::kGates,
+                    work_ + places_.w_hh, [](int i) { return Sg::gate_of_h(i); });
     begin_gradients();
   }
 
-  // This member's columns of a (gates * H, n) matrix, packed with k over the gates' segments.
+  // This member's columns of gates [first, first + gates) of a matrix (gates * H, n), packed with k
+  // over the gates' segments.
   template <class GateOf>
-  void pack_transposed(const char* src, int64_t row_stride, int64_t n, int64_t k, char* packed,
-                       GateOf gate_of) {
+  void pack_transposed(const char* src, int64_t row_stride, int64_t n, int first, int gates,
+                       char* packed, GateOf gate_of) {
     constexpr int64_t kStep = NV * kLanes * weight_group_bytes(format);
-    const int64_t panel = packed_panel_bytes(format, k, NV), segment = places_.padded;
+    const int64_t segment = places_.padded;
+    const int64_t panel = packed_panel_bytes(format, gates * segment, NV);
     const int64_t begin = part(Pl::blocks(n), rank_), end = part(Pl::blocks(n), rank_ + 1);
     if (s_.H < segment) {
       std::memset(packed + begin * panel, 0, static_cast<size_t>((end - begin) * panel));
     }
-    for (int i = 0; i < Sg::kGates; ++i) {
-      pack_rows<format, NV>(src + gate_of(i) * s_.H * row_stride * esize_, call_.dtype, row_stride,
-                            s_.H, n, begin, end, packed + i * segment / group_size(format) * kStep,
-                            panel);
+    for (int i = 0; i < gates; ++i) {
+      pack_rows<format, NV>(src + gate_of(first + i) * s_.H * row_stride * esize_, call_.dtype,
+                            row_stride, s_.H, n, begin, end,
+                            packed + i * segment / group_size(format) * kStep, panel);
     }
   }
 
@@ -107,15 +106,21 @@ class BackwardRun : BackwardCells<cell, format> {
       feed_->before_step(t, dh(0), places_.padded);
       barrier_.wait(members_);
     }
-    for (int64_t r = own_.row; r < n; r += own_.every) {
-      if (r + kAhead * own_.every < n) prefetch(t, r + kAhead * own_.every);
-      gate_gradients(t, r, chunk_row + r);
+    const int64_t own_rows = rows_apart(n, own_.row, own_.every);
+    for (int64_t i = 0; i < own_rows; ++i) {
+      const int64_t r = own_.row + i * own_.every;
+      gate_gradients(t, r, chunk_row + r, i, own_rows);
     }
     if (!apart_) barrier_.wait(members_);
+    if (t == (dir_.reverse ? q_.T - 1 : 0) && !dir_.grad_h0) return;
     alignas(64) float products[kTileRoom * Pl::kUnits];
-    const PackedView w = packed(work_ + places_.w_hh);
-    const RowTiles tiles(rows_apart(n, own_.row, own_.every), tile_rows(format, NV));
-    for (int64_t b = own_.begin / Pl::kUnits; b * Pl::kUnits < own_.end; ++b) {
+    const PackedView w = packed(work_ + places_.w_hh, Sg::kGates);
+    const RowTiles tiles(own_rows, tile_rows(format, NV));
+    const int64_t first = own_.begin / Pl::kUnits;
+    const int64_t blocks = (own_.end - own_.begin + Pl::kUnits - 1) / Pl::kUnits;
+    for (int64_t i_block = 0; i_block < blocks; ++i_block) {
+      // Back and forth, as in forward: what was read last is still in L2.
+      const int64_t b = first + (t % 2 ? blocks - 1 - i_block : i_block);
       for (int64_t i = 0; i < tiles.count; ++i) {
         const int64_t row = own_.row + tiles.begin(i) * own_.every;
         const int rows = static_cast<int>(tiles.begin(i + 1) - tiles.begin(i));
@@ -133,15 +138,16 @@ class BackwardRun : BackwardCells<cell, format> {
       }
     }
     if constexpr (Feed::kActive) {
-      feed_->after_step(packed(feed_->packed()), {grad_row(chunk_row), places_.row_bytes});
+      feed_->after_step(packed(feed_->packed(), Sg::kGates),
+                        {grad_row(chunk_row), places_.row_bytes});
     }
   }
 
-  PackedView packed(const char* data) const {
+  PackedView packed(const char* data, int gates) const {
     PackedView v;
     v.data = data;
-    v.groups = Sg::kGates * places_.padded / group_size(format);
-    v.panel_bytes = packed_panel_bytes(format, Sg::kGates * places_.padded, NV);
+    v.groups = gates * places_.padded / group_size(format);
+    v.panel_bytes = packed_panel_bytes(format, gates * places_.padded, NV);
     return v;
   }
 
@@ -162,7 +168,7 @@ class BackwardRun : BackwardCells<cell, format> {
       }
     }
     barrier_.wait(members_);
-    input_gradients(rows, grad_rows);
+    input_gradients(rows, grad_rows, first);
     const WeightGrad<format> products{call_.dtype,
                                       grad_row(0),
                                       places_.row_bytes,
@@ -184,7 +190,12 @@ class BackwardRun : BackwardCells<cell, format> {
     products.add(
         x_rows, s_.I, 0, Sg::kGates, [](int i) { return Sg::gate_of_x(i); },
         target(places_.sum_ih, dir_.grad_ih), first);
-    products.add(
+    // Before the first step there was no state: its rows add nothing.
+    const bool starts = begin == 0 && !dir_.reverse && !dir_.h0;
+    const int64_t none = starts && format == Format::kFloat32 ? q_.active(0) : 0;
+    WeightGrad<format> of_states = products;
+    if (none < rows) of_states.grads = grad_row(none), of_states.rows = rows - none, h_rows += none;
+    of_states.add(
         h_rows, s_.P, Sg::kFirstOfH, Sg::kGates, [](int i) { return Sg::gate_of_h(i); },
         target(places_.sum_hh, dir_.grad_hh), first);
     if constexpr (Feed::kActive) {
@@ -210,26 +221,47 @@ class BackwardRun : BackwardCells<cell, format> {
     }
   }
 
-  void input_gradients(int64_t rows, const char* const* to) {
+  // grad_input = dG W_ih, W_ih in parts: sums of floats grow part by part where they belong, so
+  // that a part, packed in the first chunk just before it is read, may stay in L2 while all rows
+  // pass.
+  void input_gradients(int64_t rows, const char* const* to, bool first_chunk) {
+    constexpr int kGates = Sg::kGates / kInputParts<cell, format>;
+    for (int i = 0; i < kInputParts<cell, format>; ++i) {
+      char* const w = work_ + places_.w_ih + (places_.one_chunk ? 0 : i * places_.part_bytes);
+      if (first_chunk) {
+        pack_transposed(dir_.weights.ih, dir_.weights.ih_stride, s_.I, i * kGates, kGates, w,
+                        [](int gate) { return Sg::gate_of_x(gate); });
+      }
+      add_input_gradients(packed(w, kGates), i * kGates * places_.padded, rows, to,
+                          !first_direction_ || i > 0);
+    }
+  }
+
+  // The products of a part, whose gates' gradients begin at number `k` of each row of dG.
+  void add_input_gradients(const PackedView& w, int64_t k, int64_t rows, const char* const* to,
+                           bool onto) {
     alignas(64) float products[kTileRoom * Pl::kUnits];
-    const PackedView w = packed(work_ + places_.w_ih);
-    const int64_t blocks = Pl::blocks(s_.I);
-    const int64_t group = rows_in_l2(kTileRoom, places_.row_bytes);
-    for (int64_t start = 0; start < rows; start += group) {
-      const RowTiles tiles(smaller(group, rows - start), tile_rows(format, NV));
-      for (int64_t b = part(blocks, rank_); b < part(blocks, rank_ + 1); ++b) {
-        for (int64_t i = 0; i < tiles.count; ++i) {
-          const int64_t row = start + tiles.begin(i);
-          const int count = static_cast<int>(tiles.begin(i + 1) - tiles.begin(i));
-          multiply_rows<format, NV>(count, w, b, {grad_row(row), places_.row_bytes}, products,
-                                    Pl::kUnits);
+    const int64_t begin = part(Pl::blocks(s_.I), rank_), end = part(Pl::blocks(s_.I), rank_ + 1);
+    const RowTiles tiles(rows, tile_rows(format, NV));
+    // Either all panels stay in L2, or so many rows do.
+    const bool panels_stay = (end - begin) * w.panel_bytes <= within_l2(512 * 1024);
+    const int64_t group =
+        panels_stay ? 1 : rows_in_l2(kTileRoom, w.groups * group_size(format) * 4) / kTileRoom;
+    for (int64_t start = 0; start < tiles.count; start += group) {
+      for (int64_t b = begin; b < end; ++b) {
+        for (int64_t i = start; i < smaller(start + group, tiles.count); ++i) {
+          const int64_t row = tiles.begin(i);
+          const int count = static_cast<int>(tiles.begin(i + 1) - row);
+          multiply_rows<format, NV>(count, w, b,
+                                    {staged_at<format>(grad_row(row), k), places_.row_bytes},
+                                    products, Pl::kUnits);
           for (int j = 0; j < count; ++j) {
             for (int v = 0; v < NV && b * Pl::kUnits + v * kLanes < s_.I; ++v) {
               const int64_t column = b * Pl::kUnits + v * kLanes;
               const int lanes = lanes_left(column, s_.I);
               char* p = const_cast<char*>(to[row + j]) + column * esize_;
               Float sum = load(products + j * Pl::kUnits + v * kLanes);
-              if (!first_direction_) sum = add(sum, read(p, lanes));
+              if (onto) sum = add(sum, read(p, lanes));
               store_as(call_.dtype, p, sum, lanes);
             }
           }

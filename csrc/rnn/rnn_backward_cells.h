@@ -23,13 +23,35 @@ struct Segments {
   static constexpr int gate_of_h(int i) { return i; }
 };
 
+// Parts in which W_ih is packed and multiplied: gates, where sums can be added to in memory.
+template <Cell cell, Format format>
+constexpr int kInputParts = format == Format::kFloat32 ? gate_count(cell) : 1;
+
+// The sum of a segment's gradients over a member's rows: Kahan's, for there may be a hundred
+// thousand rows, of plain sums over kRows rows of a step.
+struct alignas(64) BiasSums {
+  static constexpr int kRows = 8;
+  float sum[kLanes], error[kLanes], rows[kLanes];
+
+  // Takes in a row, which is the first or the last of its plain sum, or both.
+  ENCDEC_INLINE void take(Float v, bool first, bool last) {
+    if (!first) v = add(load(rows), v);
+    if (!last) return store(rows, v);
+    const Float start = load(sum), wanted = sub(v, load(error)), after = add(start, wanted);
+    store(error, sub(sub(after, start), wanted));
+    store(sum, after);
+  }
+};
+
 struct BackwardPlaces {
   int64_t padded;            // units per segment
   int64_t row_bytes;         // of dG
   int64_t w_hh, w_ih;        // packed, k over gates
+  int64_t part_bytes;        // of W_ih
+  bool one_chunk;            // every part of W_ih is needed once: they take turns in one place
   int64_t gate_grads;        // staged rows of dG [chunk rows]
   int64_t dh, dc;            // float [B][padded]
-  int64_t bias, bias_bytes;  // float [padded / kLanes][segments][sum, error][kLanes]; per member
+  int64_t bias, bias_bytes;  // BiasSums [padded / kLanes][segments]; per member
   int64_t sum_ih, sum_hh;    // float sums of weight gradients, where those are not float
   int64_t pointers;          // const char* [chunk rows]: inputs, previous states, grad_input
   int64_t zeros;             // a row of zeros, for an absent h0
@@ -59,11 +81,16 @@ inline BackwardPlaces backward_places(const Backward& f) {
   p.row_bytes = staged_row_bytes(format, Sg::kCount * p.padded);
   const int64_t panel = packed_panel_bytes(format, Sg::kGates * p.padded, PlainBlocking::kVectors);
   p.w_hh = take(PlainBlocking::blocks(s.P) * panel);
-  p.w_ih = take(PlainBlocking::blocks(s.I) * panel);
+  constexpr int kParts = kInputParts<cell, format>;
+  p.one_chunk = f.sequences.rows() <= f.chunk_rows;
+  p.part_bytes =
+      PlainBlocking::blocks(s.I) *
+      packed_panel_bytes(format, Sg::kGates / kParts * p.padded, PlainBlocking::kVectors);
+  p.w_ih = take((p.one_chunk ? 1 : kParts) * p.part_bytes);
   p.gate_grads = take(f.chunk_rows * p.row_bytes);
   p.dh = take(s.B * p.padded * 4);
   p.dc = take(cell == Cell::kLstm ? s.B * p.padded * 4 : 0);
-  p.bias_bytes = 2 * Sg::kCount * p.padded * 4;
+  p.bias_bytes = p.padded / kLanes * Sg::kCount * static_cast<int64_t>(sizeof(BiasSums));
   p.bias = take((f.apart ? f.threads : 1) * p.bias_bytes);
   const bool sums = f.dtype != Format::kFloat32;
   p.sum_ih = take(sums ? Sg::kGates * s.H * s.I * 4 : 0);
@@ -80,7 +107,6 @@ class BackwardCells {
  protected:
   using Sg = Segments<cell>;
   using Pl = PlainBlocking;
-  static constexpr int64_t kAhead = 2;  // rows that prefetching is ahead
 
   BackwardCells(const Backward& call, const BackwardDirection& dir, int rank, int members)
       : call_(call),
@@ -95,7 +121,8 @@ class BackwardCells {
         last_(smaller(part(Pl::blocks(s_.H), rank + 1) * Pl::kUnits, s_.H)),
         apart_(call.apart && members == call.threads),
         own_(apart_ ? OwnPart{rank, members, 0, s_.H} : OwnPart{0, 1, first_, last_}),
-        esize_(element_bytes(call.dtype)) {}
+        esize_(element_bytes(call.dtype)),
+        saved_(saved_layout<cell>(s_, call.dtype, q_.rows())) {}
 
   // What a member does of each step: every `every`-th row from `row` on, units [begin, end).
   struct OwnPart {
@@ -104,11 +131,13 @@ class BackwardCells {
   static int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
   int64_t part(int64_t n, int i) const { return n * i / members_; }
   float* floats(int64_t place) const { return reinterpret_cast<float*>(work_ + place); }
-  // The sum of a segment's gradients over a member's rows, and behind it what rounding took from
-  // it.
+  // Of the vector of units from u on.
+  BiasSums* bias_sums(int segment, int64_t u, int64_t member) const {
+    return reinterpret_cast<BiasSums*>(work_ + places_.bias + member * places_.bias_bytes) +
+           u / kLanes * Sg::kCount + segment;
+  }
   float* bias_sum(int segment, int64_t u, int64_t member) const {
-    return floats(places_.bias + member * places_.bias_bytes) +
-           2 * (u * Sg::kCount + segment * kLanes);
+    return bias_sums(segment, u, member)->sum;
   }
   int64_t bias_owner() const { return apart_ ? rank_ : 0; }
   char* grad_row(int64_t row) const { return work_ + places_.gate_grads + row * places_.row_bytes; }
@@ -130,7 +159,7 @@ class BackwardCells {
   void begin_gradients() {
     if (rank_ == 0) std::memset(work_ + places_.zeros, 0, static_cast<size_t>(s_.P * 4));
     for (int64_t u = own_.begin; u < own_.end; u += kLanes) {
-      std::memset(bias_sum(0, u, bias_owner()), 0, sizeof(float) * 2 * Sg::kCount * kLanes);
+      std::memset(bias_sums(0, u, bias_owner()), 0, sizeof(BiasSums) * Sg::kCount);
     }
     for (int64_t u = first_; u < last_; u += kLanes) {
       const int n = lanes_left(u, s_.H);
@@ -153,27 +182,18 @@ class BackwardCells {
     }
   }
 
-  // What gate_gradients will read of a later row: its pieces are too short for the hardware to see.
-  void prefetch(int64_t t, int64_t r) const {
-    const auto piece = [&](const char* row) __attribute__((always_inline)) {
-      for (int64_t at = own_.begin * esize_; at < own_.end * esize_; at += 64)
-        _mm_prefetch(row + at, _MM_HINT_T0);
-    };
-    if (dir_.grad_output.data) piece(dir_.grad_output.at(q_, t, r));
-    if constexpr (saved_gates(cell) > 0) {
-      const char* gates = dir_.gates + (q_.row_start(t) + r) * 4 * s_.H * esize_;
-      for (int i = 0; i < 4; ++i) piece(gates + i * s_.H * esize_);
-    }
-    piece(cell == Cell::kLstm ? dir_.cells.at(q_, t, r) : dir_.output.at(q_, t, r));
-  }
-
-  // Gradients before the activations, of one row and this member's units. Pointers are taken once
-  // per row: a store might change what they are computed from, for all that the compiler knows.
-  void gate_gradients(int64_t t, int64_t r, int64_t chunk_row) {
+  // Gradients before the activations, of one row and this member's units; `i` is the row's number
+  // among this member's `n` of the step. Pointers are taken once per row: a store might change what
+  // they are computed from, for all that the compiler knows.
+  void gate_gradients(int64_t t, int64_t r, int64_t chunk_row, int64_t i, int64_t n) {
+    const bool first = i % BiasSums::kRows == 0;
+    const bool last = i + 1 == n || (i + 1) % BiasSums::kRows == 0;
     constexpr int64_t kBytes = element_bytes(format);
-    const int64_t gate_bytes = s_.H * kBytes, padded = places_.padded, width = s_.H;
-    const int64_t end = own_.end;
-    const char* const gates = dir_.gates + (q_.row_start(t) + r) * 4 * gate_bytes;
+    const int64_t padded = places_.padded, width = s_.H, end = own_.end;
+    const SavedGates layout = saved_;
+    const char* gates =
+        dir_.gates +
+        ((q_.row_start(t) + r) * layout.row + own_.begin / kLanes * layout.vector) * kBytes;
     const char* const grad_output = dir_.grad_output.data ? dir_.grad_output.at(q_, t, r) : nullptr;
     const char* const grad_cells =
         cell == Cell::kLstm && dir_.grad_cells.data ? dir_.grad_cells.at(q_, t, r) : nullptr;
@@ -184,31 +204,27 @@ class BackwardCells {
     float* const dh_row = dh(r);
     float* const dc_row = lstm ? dc(r) : nullptr;
     char* const grads = grad_row(chunk_row);
-    float* const bias = bias_sum(0, 0, bias_owner());
+    BiasSums* bias = bias_sums(0, own_.begin, bias_owner());
     const Float one = set1(1.0f);
-    for (int64_t u = own_.begin; u < end; u += kLanes) {
-      const int n = lanes_left(u, width);
+    for (int64_t u = own_.begin; u < end;
+         u += kLanes, gates += layout.vector * kBytes, bias += Sg::kCount) {
+      const int lanes = lanes_left(u, width);
       const int64_t at = u * kBytes;
-      const auto saved = [&](int i) __attribute__((always_inline)) {
-        return read(gates + i * gate_bytes + at, n);
+      const auto saved = [&](int gate) __attribute__((always_inline)) {
+        return read(gates + gate * layout.gate * kBytes, lanes);
       };
-      const auto put = [&](int i, Float v) __attribute__((always_inline)) {
-        stage_vector<format>(staged_at<format>(grads, i * padded + u), v);
-        // Kahan's sum: there may be a hundred thousand rows.
-        float* const sum = bias + 2 * (u * Sg::kCount + i * kLanes);
-        float* const error = sum + kLanes;
-        const Float start = load(sum), wanted = sub(v, load(error)), after = add(start, wanted);
-        store(error, sub(sub(after, start), wanted));
-        store(sum, after);
+      const auto put = [&](int segment, Float v) __attribute__((always_inline)) {
+        stage_vector<format>(staged_at<format>(grads, segment * padded + u), v);
+        bias[segment].take(v, first, last);
       };
       Float d_h = load(dh_row + u);
-      if (grad_output) d_h = add(d_h, read(grad_output + at, n));
+      if (grad_output) d_h = add(d_h, read(grad_output + at, lanes));
       if constexpr (cell == Cell::kLstm) {
         const Float i = saved(0), f = saved(1), g = saved(2), o = saved(3);
-        const Float tanh_c = tanh(read(now + at, n));
-        const Float c_before = before ? read(before + at, n) : zero();
+        const Float tanh_c = tanh(read(now + at, lanes));
+        const Float c_before = before ? read(before + at, lanes) : zero();
         Float d_c = fma(mul(d_h, o), fnma(tanh_c, tanh_c, one), load(dc_row + u));
-        if (grad_cells) d_c = add(d_c, read(grad_cells + at, n));
+        if (grad_cells) d_c = add(d_c, read(grad_cells + at, lanes));
         store(dc_row + u, mul(d_c, f));
         put(0, mul(mul(d_c, g), mul(i, sub(one, i))));
         put(1, mul(mul(d_c, c_before), mul(f, sub(one, f))));
@@ -216,7 +232,7 @@ class BackwardCells {
         put(3, mul(mul(d_h, tanh_c), mul(o, sub(one, o))));
       } else if constexpr (cell == Cell::kGru) {
         const Float reset = saved(0), update = saved(1), fresh = saved(2), inner = saved(3);
-        const Float h_before = before ? read(before + at, n) : zero();
+        const Float h_before = before ? read(before + at, lanes) : zero();
         const Float d_fresh = mul(mul(d_h, sub(one, update)), fnma(fresh, fresh, one));
         put(0, d_fresh);
         put(1, mul(mul(d_fresh, inner), mul(reset, sub(one, reset))));
@@ -224,7 +240,7 @@ class BackwardCells {
         put(3, mul(d_fresh, reset));
         store(dh_row + u, mul(d_h, update));
       } else {
-        const Float h = read(now + at, n);
+        const Float h = read(now + at, lanes);
         put(0, cell == Cell::kTanh ? mul(d_h, fnma(h, h, one)) : where_positive(h, d_h));
       }
     }
@@ -274,6 +290,7 @@ class BackwardCells {
   const bool apart_;
   const OwnPart own_;
   const int esize_;
+  const SavedGates saved_;
 };
 
 }  // namespace ENCDEC_ISA_NAMESPACE

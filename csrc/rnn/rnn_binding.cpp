@@ -13,6 +13,9 @@ namespace {
 
 using OptionalTensor = std::optional<Tensor>;
 
+// Input rows of a call up to this size are staged together: they stay in L2 beside a block of W_ih.
+constexpr int64_t kStagedInput = 1 << 20;
+
 const Kernels& chosen() {
   static const Kernels& k = kernels(chosen_isa());
   return k;
@@ -82,7 +85,7 @@ Tensor rnn_pack(int64_t cell, std::vector<Tensor> weights, int64_t format) {
   // Taken before: weights that change while they are packed must leave the block stale.
   const uint64_t before = fingerprint_of(weights.data(), weights.size());
   chosen().pack(s, weights_of(weights.data(), weights.size()), f,
-                static_cast<int>(torch::stable::get_num_threads()), data(packed));
+                static_cast<int>(torch::stable::get_num_threads()), true, data(packed));
   collapse_to_huge_pages(data(packed), bytes);
   reinterpret_cast<PackedHeader*>(data(packed))->fingerprint = before;
   return packed;
@@ -264,13 +267,20 @@ std::vector<Tensor> rnn_forward(int64_t cell_number, Tensor input, std::vector<T
   f.apart = plan.apart;
   f.chunk_rows = plan.chunk_rows;
   f.beside_rows = plan.beside_rows;
+  // Where all rows' input products are made at once, weights are packed by who needs them.
+  const bool whole = rows <= plan.chunk_rows && rows * f.shape.I * bytes <= kStagedInput;
+  const bool pack_there = pack_here && whole && !plan.apart;
+  Weights own[2];
+  for (int64_t d = 0; pack_here && d < D; ++d) {
+    own[d] = weights_of(weights.data() + static_cast<size_t>(d) * count, count);
+    if (pack_there) f.direction[d].unpacked = &own[d];
+  }
   const int64_t block = pack_here ? round_up(chosen().packed_bytes(f.shape, f.format), 64) : 0;
   const Workspace workspace(D * block + chosen().forward_workspace(f));
   f.workspace = workspace.data() + D * block;
   for (int64_t d = 0; pack_here && d < D; ++d) {
     char* const to = workspace.data() + d * block;
-    const Weights w = weights_of(weights.data() + static_cast<size_t>(d) * count, count);
-    chosen().pack(f.shape, w, f.format, f.threads, to);
+    chosen().pack(f.shape, own[d], f.format, f.threads, !pack_there, to);
     f.direction[d].packed = to;
   }
   chosen().forward(f);
@@ -335,6 +345,8 @@ std::vector<Tensor> rnn_backward(int64_t cell_number, Tensor input, std::vector<
                                   : empty<1>({w.size(0)}, dtype));
   }
   if (lengths) zero_padding(result[0], f.sequences, batch_first);
+  // Nobody's gradient then: a product is spared, and what is returned is at least a number.
+  if (!h0) std::memset(data(result[1]), 0, static_cast<size_t>(D * B * H * element_bytes(f.dtype)));
 
   const int64_t bytes = element_bytes(f.dtype), state = B * H * bytes;
   f.input = step_tensor(input, batch_first, is_packed, 0);
@@ -352,7 +364,7 @@ std::vector<Tensor> rnn_backward(int64_t cell_number, Tensor input, std::vector<
     dir.grad_h_n = of(grad_h_n);
     dir.output = steps(output);
     if (grad_output) dir.grad_output = steps(*grad_output);
-    dir.grad_h0 = data(result[1]) + d * state;
+    if (h0) dir.grad_h0 = data(result[1]) + d * state;
     if (lstm) {
       dir.c0 = of(c0);
       dir.grad_c_n = of(grad_c_n);

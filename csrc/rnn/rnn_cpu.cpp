@@ -47,10 +47,11 @@ struct Pack {
   const Shape& s;
   const Weights& w;
   int threads;
+  bool matrices;
   char* packed;
   template <Cell cell, Format format>
   void operator()() const {
-    pack<cell, format>(s, w, threads, packed);
+    pack<cell, format>(s, w, threads, matrices, packed);
   }
 };
 
@@ -129,8 +130,8 @@ auto with_training_cell(Cell cell, Format format, const Visit& visit) {
 
 const Kernels kKernels = {
     [](const Shape& s, Format format) { return with_cell(s.cell, format, PackedBytes{s}); },
-    [](const Shape& s, const Weights& w, Format format, int threads, char* packed) {
-      with_cell(s.cell, format, Pack{s, w, threads, packed});
+    [](const Shape& s, const Weights& w, Format format, int threads, bool matrices, char* packed) {
+      with_cell(s.cell, format, Pack{s, w, threads, matrices, packed});
     },
     [](const Shape& s, Format format, int members) {
       return with_cell(s.cell, format, RowsBeside{s, members});

@@ -32,11 +32,12 @@ template <Cell cell, Format format, class Feed = NoFeed>
 class ForwardRun : ForwardCells<cell, format> {
   using Base = ForwardCells<cell, format>;
   using Base::call_, Base::s_, Base::q_, Base::dir_, Base::rank_, Base::members_, Base::header_;
-  using Base::ih_, Base::hh_, Base::places_, Base::first_, Base::last_;
+  using Base::ih_, Base::hh_, Base::places_, Base::first_, Base::last_, Base::esize_;
   using Base::input_bias;
   using Base::NV, Base::kRowFloats, Base::kExchange;
   using Base::part, Base::member, Base::gates, Base::h_row, Base::m_row, Base::row_scale;
-  using Base::prepare, Base::cell_update, Base::put_state, Base::prefetch_results, Base::finish;
+  using Base::place_gates, Base::in_place_;
+  using Base::prepare, Base::cell_update, Base::put_state, Base::finish;
   using typename Base::Bl;
   static constexpr int kTileRoom = tile_room(format, NV);
 
@@ -57,6 +58,7 @@ class ForwardRun : ForwardCells<cell, format> {
     bool started = false;
     Chunk chunk = chunk_after({first_step(), first_step(), 0, 0});
     input_products(chunk);
+    if (dir_.unpacked) pack_state_weights();
     while (chunk.begin < chunk.end) {
       const Chunk next = chunk_after(chunk);
       if (beside_) begin_ahead(next);
@@ -174,22 +176,66 @@ class ForwardRun : ForwardCells<cell, format> {
     return gates(panel / Bl::kPanels, row) + panel % Bl::kPanels * NV * kLanes;
   }
 
+  // A block of W_ih. In training it may be packed only now, into a place that it has for as long as
+  // all rows of the call pass over it.
+  PackedView input_block(int64_t b) {
+    PackedView w = ih_;
+    w.data += b * Bl::kPanels * w.panel_bytes;
+    if (w.bias) w.bias += b * kRowFloats;
+    if (w.start) w.start += b * kRowFloats;
+    if (dir_.unpacked) {
+      char* const own = member() + places_.member_block;
+      pack_block<cell, format>(dir_.unpacked->ih, call_.dtype, dir_.unpacked->ih_stride, s_.H, s_.I,
+                               own, b);
+      w.data = own;
+    }
+    return w;
+  }
+
+  // Asks for a share of what is read to pack a block of a matrix of k columns.
+  ENCDEC_INLINE void ask_for_block(const char* matrix, int64_t row_stride, int64_t k, int64_t b,
+                                   int64_t share, int64_t shares) const {
+    constexpr int64_t kRows = Bl::kWidth * kLanes;
+    for (int64_t i = kRows * share / shares; i < kRows * (share + 1) / shares; ++i) {
+      const ColumnRange rows = columns_of<cell>(s_.H, b * Bl::kWidth + i / kLanes);
+      if (i % kLanes >= rows.lanes) continue;
+      const char* const row = matrix + (rows.first + i % kLanes) * row_stride * esize_;
+      for (int64_t at = 0; at < k * esize_; at += 64) _mm_prefetch(row + at, _MM_HINT_T1);
+    }
+  }
+
+  // In training: this member's blocks of W_hh.
+  void pack_state_weights() const {
+    const Weights& w = *dir_.unpacked;
+    pack_matrix<cell, format>(w.hh, call_.dtype, w.hh_stride, s_.H, s_.P,
+                              const_cast<char*>(dir_.packed), header_.hh, first_ * Bl::kWidth,
+                              last_ * Bl::kWidth);
+  }
+
   // gates(block, row) = x W_ih' + bias for the chunk's rows and this member's blocks.
   void input_products(const Chunk& chunk) {
     const int64_t stride = staged_row_bytes(format, s_.I);
     int64_t t = chunk.begin, r = 0, done = chunk.gate_row;
+    place_gates(q_.row_start(chunk.begin));
     while (t < chunk.end) {
       const int64_t n = stage_input(t, r, chunk.end);
       const RowTiles tiles(n, tile_rows(format, NV));
-      const int64_t asking = asks_ ? tiles.count : 0;
+      const int64_t asking = asks_ && !dir_.unpacked ? tiles.count : 0;
       for (int64_t b = first_; b < last_; ++b) {
+        const PackedView w = input_block(b);
         for (int64_t i = 0; i < tiles.count; ++i) {
           const int64_t row = tiles.begin(i);
           const int rows = static_cast<int>(tiles.begin(i + 1) - row);
-          for (int64_t panel = b * Bl::kPanels; panel < (b + 1) * Bl::kPanels; ++panel) {
+          if (dir_.unpacked) {
+            const Weights& own = *dir_.unpacked;
+            if (b + 1 < last_) ask_for_block(own.ih, own.ih_stride, s_.I, b + 1, i, tiles.count);
+            ask_for_block(own.hh, own.hh_stride, s_.P, b, i, tiles.count);
+          }
+          for (int p = 0; p < Bl::kPanels; ++p) {
+            const int64_t panel = b * Bl::kPanels + p;
             float* const out = panel_gates(panel, done + row);
-            multiply_rows<format, NV>(rows, ih_, panel, {staged_input() + row * stride, stride},
-                                      out, kRowFloats, false, {i, asking, Bl::kPanels});
+            multiply_rows<format, NV>(rows, w, p, {staged_input() + row * stride, stride}, out,
+                                      kRowFloats, false, {i, asking, Bl::kPanels});
             scale_products(panel, row, rows, out);
           }
         }
@@ -250,7 +296,6 @@ class ForwardRun : ForwardCells<cell, format> {
         for (int v = 0; v < Bl::kWidth; ++v) {
           _mm_prefetch(gates(b, gate_row) + v * kLanes, _MM_HINT_T0);
         }
-        if (dir_.gates) prefetch_results(b, t, 0, 1);
       }
       if (end - begin == kBlocks && ahead_.panel < last_ * Bl::kPanels) {
         multiply_ahead(begin * Bl::kPanels, h.data, products);
@@ -284,7 +329,10 @@ class ForwardRun : ForwardCells<cell, format> {
       for (int64_t i = 0; i < tiles.count; ++i) {
         const int64_t row = tiles.begin(i);
         const int rows = static_cast<int>(tiles.begin(i + 1) - row);
-        if (dir_.gates) prefetch_results(b, t, row, rows);
+        if (in_place_) {
+          const float* const own = gates(b, gate_row + row);
+          for (int at = 0; at < rows * kRowFloats; at += 16) __builtin_prefetch(own + at, 1);
+        }
         if (!h_is_zero) {
           for (int p = 0; p < Bl::kPanels; ++p) {
             multiply_rows<format, NV>(rows, hh_, b * Bl::kPanels + p, h.from(row),

@@ -22,11 +22,12 @@ constexpr Format kExchanged = format == Format::kInt8 ? Format::kFloat32 : forma
 
 // The buffers of one direction, as offsets into its workspace.
 struct ForwardPlaces {
-  int64_t state;   // float [blocks][B][units]: c of an LSTM, h of a GRU
-  int64_t h[2];    // staged rows [B] of the state before and after a step
-  int64_t m;       // staged rows [B]: the cell's output before the projection
-  int64_t member;  // per member: staged input rows, their scales, staged states, their scales
-  int64_t member_bytes, member_scale, member_h, member_h_scale;
+  int64_t state;  // float [blocks][B][units]: c of an LSTM, h of a GRU
+  int64_t h[2];   // staged rows [B] of the state before and after a step
+  int64_t m;      // staged rows [B]: the cell's output before the projection
+  // Per member: staged input rows, their scales, staged states, their scales, a block of W_ih.
+  int64_t member;
+  int64_t member_bytes, member_scale, member_h, member_h_scale, member_block;
   int64_t gates;  // float [blocks][chunk rows][width]: input products
   int64_t bytes;
   int64_t stage_rows;
@@ -51,13 +52,16 @@ inline ForwardPlaces forward_places(const Forward& f) {
   const int64_t row = staged_row_bytes(format, s.I);
   p.stage_rows = kStageBytes / row;
   if (p.stage_rows < 16) p.stage_rows = 16;
-  if (p.stage_rows > f.chunk_rows) p.stage_rows = f.chunk_rows;
+  const bool packs_input = f.direction[0].unpacked;  // for all rows together
+  if (p.stage_rows > f.chunk_rows || packs_input) p.stage_rows = f.chunk_rows;
   p.member = at;
   p.member_scale = round_up(p.stage_rows * row, 64);
   p.member_h = p.member_scale + round_up(p.stage_rows * 4, 64);
   const int64_t widest = s.projected && s.H > s.P ? s.H : s.P;
   p.member_h_scale = p.member_h + (int8 ? B * staged_row_bytes(format, widest) : 0);
-  p.member_bytes = p.member_h_scale + round_up(B * 4, 64);
+  p.member_block = p.member_h_scale + round_up(B * 4, 64);
+  const int64_t block = Bl::kPanels * packed_panel_bytes(format, s.I, Bl::kVectors);
+  p.member_bytes = p.member_block + (packs_input ? block : 0);
   take(p.member_bytes * f.threads);
   p.gates = take(blocks * f.chunk_rows * Bl::kWidth * kLanes * 4);
   p.bytes = at;
@@ -89,7 +93,12 @@ class ForwardCells {
         first_(part(Bl::blocks(s_.H), rank)),
         last_(part(Bl::blocks(s_.H), rank + 1)),
         esize_(element_bytes(call.dtype)),
-        stream_gates_(can_stream_gates()) {}
+        saved_(saved_layout<cell>(s_, call.dtype, q_.rows())),
+        stream_gates_(can_stream_gates()),
+        in_place_(dir.gates && saved_.as_products && !stream_gates_ && q_.every == 1 &&
+                  call.beside_rows == 0 && reinterpret_cast<uintptr_t>(dir.gates) % 64 == 0) {
+    place_gates(0);
+  }
 
   const float* input_bias() const {
     return reinterpret_cast<const float*>(dir_.packed + header_.input_bias);
@@ -112,18 +121,20 @@ class ForwardCells {
   float* state(int64_t block, int64_t row) const {
     return reinterpret_cast<float*>(work_ + places_.state) + (block * s_.B + row) * Bl::kUnits;
   }
+  // Input products, which are at home in the workspace, or where the gates that they become will be
+  // saved: with fewer lines to write. There a chunk has its rows from `first` on.
+  void place_gates(int64_t first) {
+    char* const to = in_place_ ? dir_.gates : work_ + places_.gates;
+    gates_ = reinterpret_cast<float*>(to) + (in_place_ ? first : 0) * kRowFloats;
+    gates_rows_ = in_place_ ? q_.rows() : call_.chunk_rows;
+  }
   float* gates(int64_t block, int64_t row) const {
-    return reinterpret_cast<float*>(work_ + places_.gates) +
-           (block * call_.chunk_rows + row) * kRowFloats;
+    return gates_ + (block * gates_rows_ + row) * kRowFloats;
   }
   char* h_row(int i, int64_t r) const {
     return work_ + places_.h[i] + r * staged_row_bytes(kExchange, s_.P);
   }
   char* m_row(int64_t r) const { return work_ + places_.m + r * staged_row_bytes(kExchange, s_.H); }
-
-  char* saved_gates_row(int64_t t, int64_t r) const {
-    return dir_.gates + (q_.row_start(t) + q_.row(r)) * 4 * s_.H * esize_;
-  }
 
   float* row_scale() const { return reinterpret_cast<float*>(member() + places_.member_h_scale); }
 
@@ -154,20 +165,6 @@ class ForwardCells {
     for (int64_t i = 0; i < k; i += kLanes) {
       const Float v = src ? load_as(call_.dtype, src + i * esize_, lanes_left(i, k)) : zero();
       stage_vector<kExchange>(staged_at<kExchange>(dst, i), v);
-    }
-  }
-
-  // The lines that cell_update will fill in training: fetched while the products are computed, they
-  // are there when the stores come.
-  void prefetch_results(int64_t b, int64_t t, int64_t row, int rows) const {
-    const int64_t unit = b * Bl::kUnits * esize_;
-    for (int64_t r = row; r < row + rows; ++r) {
-      const char* gates = saved_gates_row(t, r) + unit;
-      for (int i = 0; i < 4 && !stream_gates_; ++i) {
-        __builtin_prefetch(gates + i * s_.H * esize_, 1);
-      }
-      __builtin_prefetch(dir_.output.at(q_, t, r) + unit, 1);
-      if (dir_.cells.data) __builtin_prefetch(dir_.cells.at(q_, t, r) + unit, 1);
     }
   }
 
@@ -224,9 +221,10 @@ class ForwardCells {
   }
 
   void save_gates(int64_t t, int64_t r, int64_t unit, int n, Float a, Float b, Float c, Float d) {
-    char* p = saved_gates_row(t, r) + unit * esize_;
+    const int64_t row = q_.row_start(t) + q_.row(r);
+    char* const p = dir_.gates + (row * saved_.row + unit / kLanes * saved_.vector) * esize_;
     const auto put = [&](int64_t gate, Float x) __attribute__((always_inline)) {
-      char* to = p + gate * s_.H * esize_;
+      char* to = p + gate * saved_.gate * esize_;
       if (stream_gates_) {
         store_past_caches(reinterpret_cast<float*>(to), x);
       } else {
@@ -286,7 +284,10 @@ class ForwardCells {
   char* const work_;
   const int64_t first_, last_;  // own blocks
   const int esize_;
-  const bool stream_gates_;
+  const SavedGates saved_;
+  const bool stream_gates_, in_place_;
+  float* gates_;
+  int64_t gates_rows_;
 };
 
 }  // namespace ENCDEC_ISA_NAMESPACE

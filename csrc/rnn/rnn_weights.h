@@ -29,6 +29,26 @@ struct Blocking {
 // A plain matrix (the projection, backward's products) is blocked like the gateless cell.
 using PlainBlocking = Blocking<Cell::kTanh>;
 
+// How gates are saved for backward: strides, in numbers, from row to row, from gate to gate and
+// from one vector of units to the next. Floats of an LSTM lie as its input products do, block by
+// block, so that forward may have these there; else a row's gates lie one behind the other.
+struct SavedGates {
+  int64_t row, gate, vector;
+  bool as_products;
+};
+
+template <Cell cell>
+inline SavedGates saved_layout(const Shape& s, Format dtype, int64_t rows) {
+  using Bl = Blocking<cell>;
+  static_assert(saved_gates(cell) == 0 || Bl::kUnits == kLanes);
+  constexpr int64_t kRow = Bl::kWidth * kLanes;
+  const bool whole = s.H % kLanes == 0;
+  if (cell == Cell::kLstm && dtype == Format::kFloat32 && whole) {
+    return {kRow, kLanes, rows * kRow, true};
+  }
+  return {4 * s.H, s.H, kLanes, false};
+}
+
 template <Cell cell>
 inline PackedHeader layout(const Shape& s, Format format) {
   using Bl = Blocking<cell>;
@@ -55,18 +75,32 @@ inline PackedHeader layout(const Shape& s, Format format) {
   return h;
 }
 
-// Vectors [begin, end) of a matrix of torch's, (gates * units, k), blocked for `cell`.
+// The rows of a matrix of torch's, (gates * units, k), that vector i takes, blocked for `cell`.
+template <Cell cell>
+inline ColumnRange columns_of(int64_t units, int64_t i) {
+  using Bl = Blocking<cell>;
+  const int v = static_cast<int>(i % Bl::kWidth);
+  const int64_t unit = i / Bl::kWidth * Bl::kUnits + Bl::unit_offset(v);
+  return {Bl::gate(v) * units + unit, unit < units ? lanes_left(unit, units) : 0};
+}
+
+// Vectors [begin, end) of such a matrix.
 template <Cell cell, Format format>
 inline void pack_matrix(const char* src, Format dtype, int64_t row_stride, int64_t units, int64_t k,
                         char* packed, const MatrixPlace& m, int64_t begin, int64_t end) {
   using Bl = Blocking<cell>;
+  pack_vectors<format, Bl::kVectors>(src, dtype, row_stride, k, packed, m, begin, end,
+                                     [&](int64_t i) { return columns_of<cell>(units, i); });
+}
+
+// A block of such a matrix alone, from `packed` on. Not for int8.
+template <Cell cell, Format format>
+inline void pack_block(const char* src, Format dtype, int64_t row_stride, int64_t units, int64_t k,
+                       char* packed, int64_t block) {
+  using Bl = Blocking<cell>;
   pack_vectors<format, Bl::kVectors>(
-      src, dtype, row_stride, k, packed, m, begin, end, [&](int64_t i) {
-        const int v = static_cast<int>(i % Bl::kWidth);
-        const int64_t unit = i / Bl::kWidth * Bl::kUnits + Bl::unit_offset(v);
-        const int lanes = unit < units ? lanes_left(unit, units) : 0;
-        return ColumnRange{Bl::gate(v) * units + unit, lanes};
-      });
+      src, dtype, row_stride, k, packed, MatrixPlace{}, 0, Bl::kWidth,
+      [&](int64_t i) { return columns_of<cell>(units, block * Bl::kWidth + i); });
 }
 
 template <Cell cell>
@@ -92,17 +126,19 @@ inline void pack_biases(const Shape& s, const Weights& w, char* packed, const Pa
 }
 
 template <Cell cell, Format format>
-inline void pack(const Shape& s, const Weights& w, int threads, char* packed) {
+inline void pack(const Shape& s, const Weights& w, int threads, bool matrices, char* packed) {
   using Bl = Blocking<cell>;
   const PackedHeader h = layout<cell>(s, format);
   const int64_t vectors = Bl::blocks(s.H) * Bl::kWidth;
   const int64_t plain = s.projected ? PlainBlocking::blocks(s.P) * PlainBlocking::kWidth : 0;
   auto body = [&](int rank, int size) {
     const auto part = [&](int64_t n, int i) { return n * i / size; };
-    pack_matrix<cell, format>(w.ih, w.dtype, w.ih_stride, s.H, s.I, packed, h.ih,
-                              part(vectors, rank), part(vectors, rank + 1));
-    pack_matrix<cell, format>(w.hh, w.dtype, w.hh_stride, s.H, s.P, packed, h.hh,
-                              part(vectors, rank), part(vectors, rank + 1));
+    if (matrices) {
+      pack_matrix<cell, format>(w.ih, w.dtype, w.ih_stride, s.H, s.I, packed, h.ih,
+                                part(vectors, rank), part(vectors, rank + 1));
+      pack_matrix<cell, format>(w.hh, w.dtype, w.hh_stride, s.H, s.P, packed, h.hh,
+                                part(vectors, rank), part(vectors, rank + 1));
+    }
     if (s.projected) {
       pack_matrix<Cell::kTanh, format>(w.hr, w.dtype, w.hr_stride, s.P, s.H, packed, h.hr,
                                        part(plain, rank), part(plain, rank + 1));

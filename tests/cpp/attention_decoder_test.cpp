@@ -165,7 +165,7 @@ void test(Isa isa, Decoder d, int threads) {
   f.rnn.threads = threads;
   f.rnn.chunk_rows = 2 * d.B;  // several chunks
   Lines packed(recurrent.packed_bytes(f.rnn.shape, Format::kFloat32));
-  recurrent.pack(f.rnn.shape, w, Format::kFloat32, threads, packed.data);
+  recurrent.pack(f.rnn.shape, w, Format::kFloat32, threads, true, packed.data);
   dir.packed = packed.data;
   Lines work(recurrent.forward_workspace(f.rnn)), own(kernels.forward_workspace(f));
   f.rnn.workspace = work.data;

@@ -4,6 +4,7 @@
 #include "rnn/rnn.h"
 
 #include <cmath>
+#include <cstring>
 #include <functional>
 #include <utility>
 #include <vector>
@@ -23,6 +24,7 @@ struct Case {
   bool reverse, unequal, biased;
   int threads;
   int64_t chunk_rows = shape.B + 1;  // more than one chunk
+  bool initial = true;               // backward: there is an initial state
 };
 
 // One direction of one layer, float32, padded (T, B) input.
@@ -72,11 +74,13 @@ struct Layer {
   }
 
   // beside_rows: rows whose input products are made beside the steps; 0: a chunk's before them.
-  // apart: a member takes sequences, not hidden units.
-  void forward(const Kernels& k, Format format, int beside_rows = 0, bool apart = false) {
+  // apart: a member takes sequences, not hidden units. packs: forward() packs the matrices.
+  void forward(const Kernels& k, Format format, int beside_rows = 0, bool apart = false,
+               bool packs = false) {
     const Shape& s = c.shape;
     Lines packed(k.packed_bytes(s, format));
-    k.pack(s, weights(), format, c.threads, packed.data);
+    const Weights own = weights();
+    k.pack(s, own, format, c.threads, !packs, packed.data);
     y.assign(static_cast<size_t>(s.T * s.B * s.P), 0.0f);
     cells.assign(static_cast<size_t>(s.T * s.B * s.H), 0.0f);
     h_n.assign(static_cast<size_t>(s.B * s.P), NAN);
@@ -98,14 +102,18 @@ struct Layer {
     d.cells = steps(cells, s.H);
     d.h_n = chars(h_n);
     d.c_n = chars(c_n);
-    if (saved_gates(s.cell) > 0) d.gates = chars(gates);
+    // At a line's beginning an LSTM's may take the place of the input products.
+    Lines lines(static_cast<int64_t>(gates.size()) * 4);
+    if (saved_gates(s.cell) > 0) d.gates = packs ? lines.data : chars(gates);
+    if (packs) d.unpacked = &own;
     f.threads = c.threads;
     f.apart = apart;
     f.beside_rows = beside_rows;
-    f.chunk_rows = beside_rows > 0 ? 2 * beside_rows : c.chunk_rows;
+    f.chunk_rows = beside_rows > 0 ? 2 * beside_rows : packs ? q.rows() : c.chunk_rows;
     Lines workspace(k.forward_workspace(f));
     f.workspace = workspace.data;
     k.forward(f);
+    if (packs) std::memcpy(gates.data(), lines.data, gates.size() * 4);
   }
 
   static double sigmoid(double v) { return 1 / (1 + std::exp(-v)); }
@@ -204,6 +212,18 @@ void test_apart(const Kernels& k, Cell cell, Format format, double tolerance) {
   }
 }
 
+// Weights that forward packs itself, and gates in the place of input products: what comes of
+// weights that were packed before, bit for bit where tiles have as many rows.
+void test_packs(const Kernels& k, const Case& c, double tolerance) {
+  Layer layer(c);
+  layer.c.chunk_rows = layer.q.rows();
+  layer.forward(k, Format::kFloat32);
+  const Layer plain = layer;
+  layer.forward(k, Format::kFloat32, 0, false, true);
+  check_forward(layer, tolerance);
+  check_same(layer, plain);
+}
+
 // One sequence whose input products are made beside its steps, for all lengths that leave over
 // another number of rows: bit for bit what comes of a whole chunk before them.
 void test_beside(const Kernels& k, Isa isa, Cell cell, Format format) {
@@ -241,6 +261,7 @@ void test_beside(const Kernels& k, Isa isa, Cell cell, Format format) {
 // The derivative of sum(y * weight) along a random direction of each argument.
 void test_backward(const Kernels& k, const Case& c, bool apart) {
   Layer layer(c);
+  if (!c.initial) layer.h0.assign(layer.h0.size(), 0.0f);
   layer.forward(k, Format::kFloat32);
   const Shape& s = c.shape;
   std::vector<float> gy = random_floats(static_cast<int64_t>(layer.y.size()), 1.0f);
@@ -257,20 +278,19 @@ void test_backward(const Kernels& k, const Case& c, bool apart) {
   BackwardDirection& d = f.direction[0];
   d.weights = layer.weights();
   d.reverse = c.reverse;
-  d.h0 = chars(layer.h0);
+  if (c.initial) d.h0 = chars(layer.h0), d.grad_h0 = chars(gh0);
   d.c0 = chars(layer.c0);
   d.output = layer.steps(layer.y, s.P);
   d.cells = layer.steps(layer.cells, s.H);
   d.gates = chars(layer.gates);
   d.grad_output = layer.steps(gy, s.P);
-  d.grad_h0 = chars(gh0);
   d.grad_c0 = chars(gc0);
   d.grad_ih = chars(gih);
   d.grad_hh = chars(ghh);
   if (c.biased) d.grad_b_ih = chars(gb_ih), d.grad_b_hh = chars(gb_hh);
   f.threads = c.threads;
   f.apart = apart;
-  f.chunk_rows = s.B + 1;
+  f.chunk_rows = c.chunk_rows;
   Lines workspace(k.backward_workspace(f));
   f.workspace = workspace.data;
   k.backward(f);
@@ -300,7 +320,7 @@ void test_backward(const Kernels& k, const Case& c, bool apart) {
     CHECK_NEAR((values[0] - values[1]) / (2 * kStep), along, 2e-3 * size + 1e-4);
   };
   check(layer.x, gx);
-  check(layer.h0, gh0);
+  if (c.initial) check(layer.h0, gh0);
   if (s.cell == Cell::kLstm) check(layer.c0, gc0);
   check(layer.w_ih, gih);
   check(layer.w_hh, ghh);
@@ -322,7 +342,7 @@ void run_tests() {
         test_beside(k, isa, cell, format);
         test_apart(k, cell, format, tolerance);
       }
-      for (const int64_t H : {1, 33}) {
+      for (const int64_t H : {1, 33, 48}) {
         for (int variant = 0; variant < 8; ++variant) {
           const bool projected = cell == Cell::kLstm && variant % 3 == 2;
           const Case c{{cell, 5, 17, 7, H, projected ? 1 + H / 2 : H, projected},
@@ -334,9 +354,14 @@ void run_tests() {
           test_forward(k, c, Format::kBfloat16, 5e-2 * scale);
           test_forward(k, c, Format::kFloat16, 2e-2 * scale);
           test_forward(k, c, Format::kInt8, 0.1 * scale);
+          test_packs(k, c, 5e-6 * scale);
           if (projected || cell == Cell::kRelu) continue;
           test_backward(k, c, false);
           if (c.threads > 1) test_backward(k, c, true);
+          Case from_nothing = c;  // in one chunk
+          from_nothing.initial = false;
+          from_nothing.chunk_rows = c.shape.T * c.shape.B;
+          test_backward(k, from_nothing, false);
         }
       }
     }
