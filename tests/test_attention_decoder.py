@@ -26,7 +26,7 @@ SHAPES = {
     "long": (2, 40, 20, 16, 34, 32, 16),
 }
 CELLS = pytest.mark.parametrize("cell", ["lstm", "gru"])
-KINDS = ("additive", "general", "dot")
+KINDS = ("additive", "general", "dot", "output", "location", "location over all")
 ALL_KINDS = pytest.mark.parametrize("kind", KINDS)
 ALL_SHAPES = pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
 
@@ -36,21 +36,25 @@ def make(
 ) -> dict[str, Any]:
     """The op's arguments."""
     B, T, S, I, H, A, M = shape
-    A = H if kind == "dot" else A
+    located = kind.startswith("location")
+    A = H if kind == "dot" else max(A, S) if located else A
+    F = M + 3 if kind == "output" else M
     G = GATES[cell]
     sizes = {
         "input": (B, T, I),
         "h0": (B, H),
         "c0": (B, H),
-        "context0": (B, M),
+        "context0": (B, F),
         "keys": (B, S, A),
         "values": (B, S, M),
-        "weight_ih": (G * H, I + M),
+        "weight_ih": (G * H, I + F),
         "weight_hh": (G * H, H),
         "bias_ih": (G * H,),
         "bias_hh": (G * H,),
         "query_weight": (A, H),
         "score_weight": (A,),
+        "positions": (B, T, A),
+        "output_weight": (F, M + H),
     }
     given: dict[str, Any] = {}
     for name, size in sizes.items():
@@ -63,9 +67,17 @@ def make(
     if kind != "additive":
         del given["score_weight"]
         given["scale"] = 0.4
+    if kind != "output":
+        del given["output_weight"]
+    if located:
+        given["keys"] = None
+        given["context0"].requires_grad_(False)  # nothing reads it
+    else:
+        del given["positions"]
     lengths = torch.randint(0, S + 1, (B,))
     lengths[-1] = S
-    return {**given, "memory_lengths": lengths, "cell": cell}
+    given["memory_lengths"] = None if kind == "location over all" else lengths
+    return {**given, "cell": cell}
 
 
 def bound(given: dict[str, Any]) -> float:
@@ -83,7 +95,7 @@ def copy(given: dict[str, Any], dtype: torch.dtype) -> dict[str, Any]:
 
 
 def leaves(given: dict[str, Any]) -> list[Tensor]:
-    return [t for t in given.values() if isinstance(t, Tensor) and t.is_floating_point()]
+    return [t for t in given.values() if isinstance(t, Tensor) and t.requires_grad]
 
 
 def gradients(results: Any, given: dict[str, Any], seeds: list[Tensor]) -> list[Tensor]:
@@ -173,7 +185,7 @@ def test_numbers_too_large_for_factors(native: None) -> None:
 @ALL_KINDS
 def test_gradcheck(cell: str, kind: str) -> None:
     given = make((2, 3, 4, 2, 3, 3, 2), cell, kind, torch.float64, grad=True)
-    names = [name for name, t in given.items() if isinstance(t, Tensor) and t.is_floating_point()]
+    names = [name for name, t in given.items() if isinstance(t, Tensor) and t.requires_grad]
 
     def function(*tensors: Tensor) -> Any:
         named = {**given, **dict(zip(names, tensors, strict=True))}
@@ -200,10 +212,11 @@ def test_double_backward(cell: str, native: None) -> None:
 
 @CELLS
 @pytest.mark.parametrize("grad", [False, True])
-@pytest.mark.parametrize("kind", ["additive", "dot"])
+@pytest.mark.parametrize("kind", ["additive", "dot", "output", "location"])
 def test_opcheck(cell: str, grad: bool, kind: str) -> None:
     given = make(SHAPES["even"], cell, kind, torch.float32, grad=grad)
-    order = [*list(make(SHAPES["even"], cell, "additive", torch.float32))[:12], "memory_lengths"]
+    order = [*list(make(SHAPES["even"], cell, "additive", torch.float32))[:12]]
+    order += ["positions", "output_weight", "memory_lengths"]
     tensors = [given.get(name) for name in order]
     ops = torch.ops.encdec_fast
     op = ops.attention_decoder_train if grad else ops.attention_decoder
@@ -243,26 +256,33 @@ def test_the_same_numbers_on_any_number_of_threads(native: None) -> None:
 def test_sentences_one_at_a_time(cell: str, kind: str, native: None) -> None:
     given = make(SHAPES["larger"], cell, kind, torch.float32)
     output, _ = attention_decoder(**given)
-    rows = ("input", "h0", "c0", "context0", "keys", "values")
-    for b, n in enumerate(given["memory_lengths"].tolist()):
+    rows = ("input", "h0", "c0", "context0", "keys", "values", "positions")
+    lengths = given["memory_lengths"]
+    for b, n in enumerate([SHAPES["larger"][2]] * len(output) if lengths is None else lengths):
         own = dict(given, memory_lengths=None)
         for name in rows:
-            own[name] = None if given[name] is None else given[name][b : b + 1]
-        own["keys"], own["values"] = own["keys"][:, :n], own["values"][:, :n]
+            own[name] = None if given.get(name) is None else given[name][b : b + 1]
+        own["values"] = own["values"][:, :n]
+        if kind == "location":  # without lengths the softmax goes over all positions
+            own["memory_lengths"] = [int(n)]
+        elif own["keys"] is not None:
+            own["keys"] = own["keys"][:, :n]
         torch.testing.assert_close(
             attention_decoder(**own)[0], output[b : b + 1], rtol=1e-4, atol=1e-5
         )
 
 
-def test_padding_is_not_read(native: None) -> None:
-    given = make(SHAPES["larger"], "lstm", "additive", torch.float32, grad=True)
+@pytest.mark.parametrize("kind", ["additive", "output", "location"])
+def test_padding_is_not_read(kind: str, native: None) -> None:
+    given = make(SHAPES["larger"], "lstm", kind, torch.float32, grad=True)
     padding = torch.arange(SHAPES["larger"][2]) >= given["memory_lengths"].unsqueeze(1)
     found = []
     for fill in (0.0, torch.nan):
         spoiled = copy(given, torch.float32)
         with torch.no_grad():
             for part in ("keys", "values"):
-                spoiled[part][padding] = fill
+                if spoiled[part] is not None:
+                    spoiled[part][padding] = fill
         results = attention_decoder(**spoiled)
         found.append(
             [*results, *gradients(results, spoiled, [torch.ones_like(r) for r in results])]
@@ -321,6 +341,18 @@ BAD: dict[str, dict[str, Any]] = {
     "length": {"memory_lengths": [5, 4]},
     "negative length": {"memory_lengths": [-1, 4]},
     "few lengths": {"memory_lengths": [4]},
+    "keys and positions": {"positions": torch.randn(2, 3, 7)},
+    "neither": {"keys": None},
+    "positions and score_weight": {"keys": None, "positions": torch.randn(2, 3, 7)},
+    "output_weight": {"output_weight": torch.randn(8, 13)},
+}
+BAD_POSITIONS: dict[str, dict[str, Any]] = {
+    "rank": {"positions": torch.randn(2, 7)},
+    "steps": {"positions": torch.randn(2, 4, 7)},
+    "few positions": {"positions": torch.randn(2, 3, 3), "query_weight": torch.randn(3, 6)},
+    "query_weight": {"query_weight": torch.randn(6, 6)},
+    "no query_weight": {"query_weight": None},
+    "output_weight": {"output_weight": torch.randn(8, 14)},
 }
 
 
@@ -331,3 +363,10 @@ def test_bad_input(changed: dict[str, Any]) -> None:
         attention_decoder(**{**given, **changed})
     with pytest.raises(ValueError, match="cell"):
         attention_decoder(**{**given, "cell": "rnn"})
+
+
+@pytest.mark.parametrize("changed", BAD_POSITIONS.values(), ids=BAD_POSITIONS)
+def test_bad_positions(changed: dict[str, Any]) -> None:
+    given = make((2, 3, 4, 5, 6, 7, 8), "lstm", "location", torch.float32)
+    with pytest.raises(RuntimeError, match=r"attention_decoder: "):
+        attention_decoder(**{**given, **changed})

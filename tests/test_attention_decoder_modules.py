@@ -23,13 +23,16 @@ def attention_of(kind: str, H: int = 6, M: int = 5) -> nn.Module:
         "general": lambda: ours.LuongAttention(H, M),
         "concat": lambda: ours.LuongAttention(H, M, "concat", 9),
         "dot": lambda: ours.LuongAttention(H, H, "dot"),
+        "output": lambda: ours.LuongAttention(H, M, output_size=M),
+        "concat, output": lambda: ours.LuongAttention(H, M, "concat", 9, output_size=M),
         "location": lambda: ours.LocationAttention(4, H, 8),
     }
     module: nn.Module = made[kind]()
     return module
 
 
-MODULES = pytest.mark.parametrize("kind", ["additive", "general", "concat", "dot", "location"])
+KINDS = ["additive", "general", "concat", "dot", "output", "concat, output", "location"]
+MODULES = pytest.mark.parametrize("kind", KINDS)
 
 
 @CELLS
@@ -152,23 +155,12 @@ def test_coverage(cell: str) -> None:
         assert explain(decoder.cell, rows, own_memory) is not None
 
 
-@pytest.mark.parametrize("kind", ["coverage", "location", "output"])
-def test_attentions_that_are_not_the_op(kind: str) -> None:
-    """They go step by step, and `explain` says why."""
-    ways = {
-        "coverage": "has a coverage",
-        "location": "is LocationAttention",
-        "output": "has an output layer",
-    }
-    attention: nn.Module
-    if kind == "output":
-        attention = encdec_fast.nn.LuongAttention(6, 5, output_size=5)
-    else:
-        attention = attention_of(kind)
-    decoder = encdec_fast.nn.AttentionDecoder(4, 6, 5, attention)
+def test_coverage_is_not_the_op() -> None:
+    """It goes step by step, and `explain` says why."""
+    decoder = encdec_fast.nn.AttentionDecoder(4, 6, 5, attention_of("coverage"))
     x, memory = torch.randn(2, 3, 4), torch.randn(2, 7, 5)
     found = explain(decoder, x, memory, need_weights=True)
-    assert f"step by step: the attention {ways[kind]}" in str(found)
+    assert "step by step: the attention has a coverage" in str(found)
     with pytest.raises(RuntimeError, match="state must be"):
         explain(decoder, x, memory, (x,) * 6)
     output, state, weights = decoder(x, memory, need_weights=True)
@@ -179,6 +171,44 @@ def test_attentions_that_are_not_the_op(kind: str) -> None:
         torch.testing.assert_close(weights[:, t], weight)
     for a, b in zip(state, now, strict=True):
         torch.testing.assert_close(a, b)
+
+
+@CELLS
+@MODULES
+@pytest.mark.parametrize("lengths", [None, [7, 3]])
+def test_gradients_of_a_module(cell: str, kind: str, lengths: Any, native: None) -> None:
+    """One op, whose gradients are those of its cell step by step: of each parameter and input."""
+    M = 6 if kind == "dot" else 5
+    decoder = encdec_fast.nn.AttentionDecoder(4, 6, M, attention_of(kind, 6, M), cell)
+    x, memory = torch.randn(2, 4, 4, requires_grad=True), torch.randn(2, 7, M, requires_grad=True)
+    first = [torch.randn(2, 6, requires_grad=True) for _ in range(2 if cell == "lstm" else 1)]
+    inputs = [x, memory, *first, *decoder.parameters()]
+    found = explain(decoder, x, memory, tuple(first), lengths)
+    assert found.backend == "cpu" and "step by step" not in str(found)
+    seeds = torch.randn(2, 4, 6 + M), torch.randn(2, 4, 7)
+
+    def gradients(output: torch.Tensor, weights: torch.Tensor) -> Any:
+        return torch.autograd.grad((output * seeds[0]).sum() + (weights * seeds[1]).sum(), inputs)
+
+    output, _, weights = decoder(x, memory, tuple(first), lengths, True)
+    now: Any = tuple(first)
+    steps = []
+    for t in range(4):
+        *step, weight = decoder.cell(x[:, t], memory, now, lengths, True)
+        now = step[1]
+        steps.append((step[0], weight))
+    expected = [torch.stack(parts, dim=1) for parts in zip(*steps, strict=True)]
+    for a, b in zip(gradients(output, weights), gradients(*expected), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)
+
+
+def test_a_location_attention_of_other_sizes() -> None:
+    decoder = encdec_fast.nn.AttentionDecoder(3, 6, 5, attention_of("location"))
+    with pytest.raises(RuntimeError, match="LocationAttention takes 10 features"):
+        decoder(torch.randn(2, 3, 3), torch.randn(2, 7, 5))
+    decoder = encdec_fast.nn.AttentionDecoder(4, 6, 5, attention_of("location"))
+    with pytest.raises(RuntimeError, match="at most the 8 positions"):
+        decoder(torch.randn(2, 3, 4), torch.randn(2, 9, 5))
 
 
 def test_what_a_module_runs(native: None) -> None:

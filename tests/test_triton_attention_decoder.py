@@ -59,7 +59,8 @@ def test_gradients_of_the_decoder(cell: str, kind: str, inside: bool) -> None:
 def test_op(cell: str) -> None:
     given = make(SHAPES["even"], cell, "additive", torch.float32, grad=True)
     names = ("input", "h0", "c0", "context0", "keys", "values", "weight_ih", "weight_hh")
-    names += ("bias_ih", "bias_hh", "query_weight", "score_weight", "memory_lengths")
+    names += ("bias_ih", "bias_hh", "query_weight", "score_weight", "positions", "output_weight")
+    names += ("memory_lengths",)
     tensors = [given.get(name) for name in names]
     with use_backend("triton"):
         op = torch.ops.encdec_fast.attention_decoder_train.default
@@ -68,7 +69,7 @@ def test_op(cell: str) -> None:
 
 def test_a_whole_call_is_replayed(monkeypatch: pytest.MonkeyPatch) -> None:
     """On a GPU, from the second call of its sizes on; the graph is stood in for by the launches."""
-    module: Any = importlib.import_module("encdec_fast.ops.attention_decoder")
+    module: Any = importlib.import_module("encdec_fast.ops._attention_decoder_triton")
     replay = _triton.kernels("_replay")
     captured: list[int] = []
 

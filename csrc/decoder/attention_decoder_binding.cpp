@@ -40,31 +40,35 @@ struct Inputs {
   Format dtype;
 
   Inputs(int64_t cell, const Tensor& input, const Tensor& h0, const OptionalTensor& c0,
-         const Tensor& context0, const Tensor& keys, const Tensor& values, const Tensor& weight_ih,
-         const Tensor& weight_hh, const OptionalTensor& bias_ih, const OptionalTensor& bias_hh,
-         const OptionalTensor& query_weight, const OptionalTensor& score_weight,
-         const OptionalTensor& lengths, double scale) {
+         const Tensor& context0, const OptionalTensor& keys, const Tensor& values,
+         const Tensor& weight_ih, const Tensor& weight_hh, const OptionalTensor& bias_ih,
+         const OptionalTensor& bias_hh, const OptionalTensor& query_weight,
+         const OptionalTensor& score_weight, const OptionalTensor& positions,
+         const OptionalTensor& output_weight, const OptionalTensor& lengths, double scale) {
     STD_TORCH_CHECK(cell == 0 || cell == 1, "the cell must be an LSTM or a GRU");
-    STD_TORCH_CHECK(input.dim() == 3 && keys.dim() == 3 && values.dim() == 3 && h0.dim() == 2 &&
-                        weight_ih.dim() == 2 && weight_hh.dim() == 2,
-                    "input, keys and values must have 3 dimensions, h0 and weights 2");
+    STD_TORCH_CHECK(keys.has_value() != positions.has_value(), "either keys or positions");
+    const Tensor& scored = keys ? *keys : *positions;
+    STD_TORCH_CHECK(input.dim() == 3 && scored.dim() == 3 && values.dim() == 3 && h0.dim() == 2 &&
+                        context0.dim() == 2 && weight_ih.dim() == 2 && weight_hh.dim() == 2,
+                    "input, keys and values must have 3 dimensions, states and weights 2");
     dtype = format_of(input);
     shape.cell = static_cast<rnn::Cell>(cell);
     const int64_t gates = rnn::gate_count(shape.cell);
     const int64_t B = shape.B = input.size(0), T = shape.T = input.size(1);
     shape.I = input.size(2);
     const int64_t H = shape.H = shape.P = h0.size(1), M = memory.M = values.size(2);
-    const int64_t S = memory.S = keys.size(1), A = memory.A = keys.size(2);
-    STD_TORCH_CHECK(B > 0 && T > 0 && H > 0 && A > 0 && M > 0,
+    const int64_t S = memory.S = values.size(1), A = memory.A = scored.size(2);
+    const int64_t F = memory.F = output_weight ? context0.size(1) : M;
+    STD_TORCH_CHECK(B > 0 && T > 0 && H > 0 && A > 0 && M > 0 && F > 0,
                     "there must be a step and a sentence, and no size of 0");
     check(input, {B, T, shape.I}, dtype, true, "input");
     check(h0, {B, H}, dtype, false, "h0");
-    check(context0, {B, M}, dtype, false, "context0");
+    check(context0, {B, F}, dtype, false, "context0");
     if (cell == 0) {
       STD_TORCH_CHECK(c0.has_value(), "an LSTM needs c0");
       check(*c0, {B, H}, dtype, false, "c0");
     }
-    check(weight_ih, {gates * H, shape.I + M}, dtype, true, "weight_ih");
+    check(weight_ih, {gates * H, shape.I + F}, dtype, true, "weight_ih");
     check(weight_hh, {gates * H, H}, dtype, true, "weight_hh");
     STD_TORCH_CHECK(bias_ih.has_value() == bias_hh.has_value(), "both biases or none");
     weights.dtype = dtype;
@@ -81,12 +85,28 @@ struct Inputs {
       weights.b_ih = data(*bias_ih);
       weights.b_hh = data(*bias_hh);
     }
-    check(keys, {B, S, A}, dtype, true, "keys");
     check(values, {B, S, M}, dtype, true, "values");
-    const int64_t bytes = element_bytes(dtype);
-    memory.keys = {data(keys), keys.stride(0) * bytes, keys.stride(1) * bytes};
-    memory.values = {data(values), values.stride(0) * bytes, values.stride(1) * bytes};
-    memory.score = score_weight ? Score::kAdditive : Score::kDot;
+    const auto rows = [&](const Tensor& t) {
+      const int64_t bytes = element_bytes(dtype);
+      return attention::Rows{data(t), t.stride(0) * bytes, t.stride(1) * bytes};
+    };
+    memory.values = rows(values);
+    if (positions) {
+      check(*positions, {B, T, A}, dtype, true, "positions");
+      STD_TORCH_CHECK(query_weight && !score_weight && S <= A,
+                      "positions go with query_weight alone, and there are as many as keys");
+      memory.score = Score::kLocation;
+      memory.positions = rows(*positions);
+    } else {
+      check(*keys, {B, S, A}, dtype, true, "keys");
+      memory.score = score_weight ? Score::kAdditive : Score::kDot;
+      memory.keys = rows(*keys);
+    }
+    if (output_weight) {
+      check(*output_weight, {F, M + H}, dtype, true, "output_weight");
+      memory.output_weight = data(*output_weight);
+      memory.output_stride = output_weight->stride(0);
+    }
     memory.scale = static_cast<float>(scale);
     if (query_weight) {
       check(*query_weight, {A, H}, dtype, true, "query_weight");
@@ -120,15 +140,16 @@ struct Inputs {
 };
 
 std::vector<Tensor> attention_decoder_forward(int64_t cell, Tensor input, Tensor h0,
-                                              OptionalTensor c0, Tensor context0, Tensor keys,
-                                              Tensor values, Tensor weight_ih, Tensor weight_hh,
-                                              OptionalTensor bias_ih, OptionalTensor bias_hh,
-                                              OptionalTensor query_weight,
-                                              OptionalTensor score_weight, OptionalTensor lengths,
+                                              OptionalTensor c0, Tensor context0,
+                                              OptionalTensor keys, Tensor values, Tensor weight_ih,
+                                              Tensor weight_hh, OptionalTensor bias_ih,
+                                              OptionalTensor bias_hh, OptionalTensor query_weight,
+                                              OptionalTensor score_weight, OptionalTensor positions,
+                                              OptionalTensor output_weight, OptionalTensor lengths,
                                               double scale, bool save_for_backward) {
   const Inputs in(cell, input, h0, c0, context0, keys, values, weight_ih, weight_hh, bias_ih,
-                  bias_hh, query_weight, score_weight, lengths, scale);
-  const int64_t B = in.shape.B, T = in.shape.T, H = in.shape.H, M = in.memory.M;
+                  bias_hh, query_weight, score_weight, positions, output_weight, lengths, scale);
+  const int64_t B = in.shape.B, T = in.shape.T, H = in.shape.H, F = in.memory.F;
   const bool lstm = in.shape.cell == rnn::Cell::kLstm;
   const int32_t dtype = dtype_of(in.dtype);
   Forward f{};
@@ -137,12 +158,12 @@ std::vector<Tensor> attention_decoder_forward(int64_t cell, Tensor input, Tensor
   f.rnn.dtype = f.rnn.format = in.dtype;
   f.rnn.input = in.steps(input);
   f.memory = in.memory;
-  // output, h_n, c_n, weights, and what backward reads: cells, gates, queries.
+  // output, h_n, c_n, weights, and what backward reads: cells, gates, queries, contexts.
   std::vector<Tensor> result;
-  result.push_back(empty<3>({B, T, H + M}, dtype));
+  result.push_back(empty<3>({B, T, H + F}, dtype));
   result.push_back(empty<2>({B, H}, dtype));
   result.push_back(empty<2>({B, lstm ? H : 0}, dtype));
-  result.push_back(empty<3>({B, T, in.memory.S}, aoti_torch_dtype_float32()));
+  result.push_back(empty<3>({B, T, in.memory.weights_size()}, aoti_torch_dtype_float32()));
   rnn::Direction& dir = f.rnn.direction[0];
   dir.h0 = data(h0);
   dir.c0 = lstm ? data(*c0) : nullptr;
@@ -154,9 +175,11 @@ std::vector<Tensor> attention_decoder_forward(int64_t cell, Tensor input, Tensor
     result.push_back(empty<3>({B, T, lstm ? H : 0}, dtype));
     result.push_back(empty<3>({T, B, rnn::saved_gates(in.shape.cell) * H}, dtype));
     result.push_back(empty<3>({B, T, in.memory.A}, dtype));
+    result.push_back(empty<3>({B, output_weight ? T : 0, in.memory.M}, dtype));
     if (lstm) dir.cells = in.steps(result[4]);
     dir.gates = data(result[5]);
     f.queries = data(result[6]);
+    if (output_weight) f.contexts = data(result[7]);
   }
   const rnn::Plan plan = rnn::make_plan(in.shape, T * B, 1, in.dtype, threads());
   f.rnn.threads = plan.threads;
@@ -174,23 +197,25 @@ std::vector<Tensor> attention_decoder_forward(int64_t cell, Tensor input, Tensor
 
 std::vector<Tensor> attention_decoder_backward(
     OptionalTensor grad_output, OptionalTensor grad_c_n, OptionalTensor grad_weights, int64_t cell,
-    Tensor input, Tensor h0, OptionalTensor c0, Tensor context0, Tensor keys, Tensor values,
+    Tensor input, Tensor h0, OptionalTensor c0, Tensor context0, OptionalTensor keys, Tensor values,
     Tensor weight_ih, Tensor weight_hh, OptionalTensor bias_ih, OptionalTensor bias_hh,
-    OptionalTensor query_weight, OptionalTensor score_weight, OptionalTensor lengths, double scale,
-    Tensor output, Tensor weights, Tensor cells, Tensor gates, Tensor queries) {
+    OptionalTensor query_weight, OptionalTensor score_weight, OptionalTensor positions,
+    OptionalTensor output_weight, OptionalTensor lengths, double scale, Tensor output,
+    Tensor weights, Tensor cells, Tensor gates, Tensor queries, Tensor contexts) {
   const Inputs in(cell, input, h0, c0, context0, keys, values, weight_ih, weight_hh, bias_ih,
-                  bias_hh, query_weight, score_weight, lengths, scale);
+                  bias_hh, query_weight, score_weight, positions, output_weight, lengths, scale);
   const int64_t B = in.shape.B, T = in.shape.T, H = in.shape.H, M = in.memory.M;
-  const int64_t A = in.memory.A, S = in.memory.S;
+  const int64_t A = in.memory.A, S = in.memory.weights_size(), F = in.memory.F;
   const bool lstm = in.shape.cell == rnn::Cell::kLstm;
   STD_TORCH_CHECK(in.dtype != Format::kFloat16, "there is no backward in float16");
   const int64_t saved = rnn::saved_gates(in.shape.cell) * H;
-  check(output, {B, T, H + M}, in.dtype, false, "output");
+  check(output, {B, T, H + F}, in.dtype, false, "output");
   check(weights, {B, T, S}, Format::kFloat32, false, "weights");
   if (lstm) check(cells, {B, T, H}, in.dtype, false, "cells");
   check(gates, {T, B, saved}, in.dtype, false, "gates");
   check(queries, {B, T, A}, in.dtype, false, "queries");
-  if (grad_output) check(*grad_output, {B, T, H + M}, in.dtype, true, "grad_output");
+  if (output_weight) check(contexts, {B, T, M}, in.dtype, false, "contexts");
+  if (grad_output) check(*grad_output, {B, T, H + F}, in.dtype, true, "grad_output");
   if (lstm && grad_c_n) check(*grad_c_n, {B, H}, in.dtype, false, "grad_c_n");
   if (grad_weights) check(*grad_weights, {B, T, S}, Format::kFloat32, false, "grad_weights");
   Backward f{};
@@ -200,17 +225,24 @@ std::vector<Tensor> attention_decoder_backward(
   f.memory = in.memory;
   const int32_t dtype = dtype_of(in.dtype);
   // Gradients of input, h0, c0, context0, weight_ih's two parts, weight_hh, bias_ih, bias_hh,
-  // query_weight, and of each step's context.
+  // query_weight, of each step's context, positions, and output_weight's two parts.
   std::vector<Tensor> result;
   result.push_back(empty<3>({B, T, in.shape.I}, dtype));
   result.push_back(empty<2>({B, H}, dtype));
   result.push_back(empty<2>({B, lstm ? H : 0}, dtype));
-  result.push_back(empty<2>({B, M}, dtype));
+  result.push_back(empty<2>({B, F}, dtype));
   const int64_t rows = weight_hh.size(0);
-  for (const int64_t width : {in.shape.I, M, H}) result.push_back(empty<2>({rows, width}, dtype));
+  for (const int64_t width : {in.shape.I, F, H}) result.push_back(empty<2>({rows, width}, dtype));
   for (int i = 0; i < 2; ++i) result.push_back(empty<1>({rows}, dtype));
   result.push_back(empty<2>({A, H}, dtype));
   result.push_back(empty<3>({B, T, M}, dtype));
+  result.push_back(empty<3>({B, positions ? T : 0, A}, dtype));
+  for (const int64_t width : {M, H}) {
+    result.push_back(empty<2>({output_weight ? F : 0, width}, dtype));
+  }
+  if (positions) {  // a sentence's gradients end with its weights
+    std::memset(data(result[11]), 0, static_cast<size_t>(B * T * A * element_bytes(in.dtype)));
+  }
   f.rnn.input = in.steps(input);
   f.rnn.grad_input = in.steps(result[0]);
   rnn::BackwardDirection& dir = f.rnn.direction[0];
@@ -228,7 +260,7 @@ std::vector<Tensor> attention_decoder_backward(
   dir.grad_hh = data(result[6]);
   dir.grad_b_ih = data(result[7]);
   dir.grad_b_hh = data(result[8]);
-  f.rnn.fed = M;
+  f.rnn.fed = F;
   f.grad_context0 = data(result[3]);
   f.grad_feed_weight = data(result[5]);
   f.weights = reinterpret_cast<const float*>(data(weights));
@@ -236,6 +268,10 @@ std::vector<Tensor> attention_decoder_backward(
   f.grad_weights = reinterpret_cast<const float*>(data(grad_weights));
   f.grad_query_weight = data(result[9]);
   f.grad_context = data(result[10]);
+  f.contexts = data(contexts);
+  f.grad_positions = data(result[11]);
+  f.grad_output_context = data(result[12]);
+  f.grad_output_state = data(result[13]);
   const rnn::Plan plan = rnn::make_backward_plan(in.shape, T * B, in.dtype, threads());
   f.rnn.threads = plan.threads;
   f.rnn.chunk_rows = plan.chunk_rows;
@@ -252,17 +288,16 @@ std::vector<Tensor> attention_decoder_backward(
 STABLE_TORCH_LIBRARY_FRAGMENT(encdec_fast_cpu, m) {
   m.def(
       "attention_decoder_forward(int cell, Tensor input, Tensor h0, Tensor? c0, Tensor context0, "
-      "Tensor keys, Tensor values, Tensor weight_ih, Tensor weight_hh, Tensor? bias_ih, Tensor? "
-      "bias_hh, "
-      "Tensor? query_weight, Tensor? score_weight, Tensor? lengths, float scale, "
-      "bool save_for_backward) -> Tensor[]");
+      "Tensor? keys, Tensor values, Tensor weight_ih, Tensor weight_hh, Tensor? bias_ih, "
+      "Tensor? bias_hh, Tensor? query_weight, Tensor? score_weight, Tensor? positions, "
+      "Tensor? output_weight, Tensor? lengths, float scale, bool save_for_backward) -> Tensor[]");
   m.def(
       "attention_decoder_backward(Tensor? grad_output, Tensor? grad_c_n, Tensor? grad_weights, "
       " int cell, Tensor input, Tensor h0, Tensor? c0, Tensor context0, "
-      "Tensor keys, Tensor values, Tensor weight_ih, Tensor weight_hh, Tensor? bias_ih, Tensor? "
-      "bias_hh, "
-      "Tensor? query_weight, Tensor? score_weight, Tensor? lengths, float scale, Tensor output, "
-      "Tensor weights, Tensor cells, Tensor gates, Tensor queries) -> Tensor[]");
+      "Tensor? keys, Tensor values, Tensor weight_ih, Tensor weight_hh, Tensor? bias_ih, "
+      "Tensor? bias_hh, Tensor? query_weight, Tensor? score_weight, Tensor? positions, "
+      "Tensor? output_weight, Tensor? lengths, float scale, Tensor output, Tensor weights, "
+      "Tensor cells, Tensor gates, Tensor queries, Tensor contexts) -> Tensor[]");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(encdec_fast_cpu, CPU, m) {

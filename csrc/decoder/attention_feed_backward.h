@@ -3,74 +3,22 @@
 // scores and r as in attention/additive_factors.h:
 //
 //     g = w (dW - sum(w dW)),    dW = d_context values' + grad_weights
-//     d_query = 4 v sum_s g (r - r^2)  or  scale g keys,    dh += d_query W_q
+//     d_query = 4 v sum_s g (r - r^2)  or  scale g keys  or, of location, g,    dh += d_query W_q
 //
-// The gradients of W_q, keys, values and v are sums over all steps: W_q's is one product at the
-// end, and the others are those of attention over the whole sequence, whose gradients of the
-// contexts are left in grad_context.
+// With W_o, before all that: d [context; h] = ((1 - f^2) df) W_o.
+//
+// The gradients of W_q, W_o, keys, values and v are sums over all steps: W_q's and W_o's are
+// products at the end, and the others are those of attention over the whole sequence, whose
+// gradients of the contexts are left in grad_context.
 #pragma once
 
 #include "core/team.h"
-#include "core/weight_grad.h"
-#include "decoder/memory_rows.h"
-#include "rnn/rnn_weights.h"
+#include "decoder/feed_backward_places.h"
 
 namespace encdec::decoder {
 namespace ENCDEC_ISA_NAMESPACE {
 
 using attention::ENCDEC_ISA_NAMESPACE::all_sums;
-using rnn::Cell;
-using Plain = rnn::ENCDEC_ISA_NAMESPACE::PlainBlocking;
-static_assert(Plain::kVectors == kVectors, "the recurrent kernels pack for this product");
-
-struct FeedBackwardPlaces {
-  MemoryPlaces memory;
-  int64_t values, value_stride;  // float [B][padded S][stride]
-  int64_t feed_weight;           // packed, k over the gates
-  int64_t fed_grads, fed_row;    // float [B][row]: of what was fed into the step after
-  int64_t fed_rows, fed_sums;    // pointers to f_{t-1}; float (gates H, M)
-  int64_t query_weight;          // packed W_q, k over A
-  int64_t d_query, d_query_row;  // staged rows [T][B]
-  int64_t rows, products, sums;  // W_q's gradient: pointers to h_t, WeightGrad's, float (A, H)
-  int64_t member;                // of each: a context's gradient, a query's factors, g, 2k
-  int64_t d_context, factors, grads, keys, member_bytes;
-  int64_t bytes;
-};
-
-template <Cell cell, Format format>
-inline FeedBackwardPlaces feed_backward_places(const Backward& f) {
-  FeedBackwardPlaces p{};
-  Layout all, member;
-  const Memory& m = f.memory;
-  const rnn::Shape& s = f.rnn.shape;
-  p.memory = memory_places(m, s.B, all);
-  p.value_stride = row_floats(m.M);
-  p.values = all.take(s.B * p.memory.padded * p.value_stride * 4);
-  p.d_query_row = staged_row_bytes(format, m.A);
-  const int64_t gates = rnn::gate_count(cell);
-  const int64_t padded = round_up(s.H, Plain::kUnits);
-  p.feed_weight =
-      all.take(Plain::blocks(m.M) * packed_panel_bytes(format, gates * padded, kVectors));
-  p.fed_row = round_up(m.M, kPanel);
-  p.fed_grads = all.take(s.B * p.fed_row * 4);
-  p.fed_rows = all.take(f.rnn.chunk_rows * static_cast<int64_t>(sizeof(char*)));
-  p.fed_sums = all.take(f.rnn.dtype == Format::kFloat32 ? 0 : gates * s.H * m.M * 4);
-  if (m.query_weight) {
-    p.query_weight = all.take(panels_of(s.H) * packed_panel_bytes(format, m.A, kVectors));
-    p.d_query = all.take(s.T * s.B * p.d_query_row);
-    p.rows = all.take(s.T * s.B * static_cast<int64_t>(sizeof(char*)));
-    p.products = all.take(WeightGrad<format>::bytes(s.T * s.B, s.H, p.d_query_row, f.rnn.threads));
-    p.sums = all.take(f.rnn.dtype == Format::kFloat32 ? 0 : m.A * s.H * 4);
-  }
-  p.member = all.end();
-  p.d_context = member.take(kTileQueries * p.value_stride * 4);
-  p.factors = member.take(p.memory.stride * 4);
-  p.grads = member.take(row_floats(p.memory.padded) * 4);
-  p.keys = member.take(kKeyBlock * p.memory.stride * 4);
-  p.member_bytes = member.end();
-  p.bytes = p.member + f.rnn.threads * p.member_bytes;
-  return p;
-}
 
 template <Cell cell, Format format>
 class AttentionFeedBackward {
@@ -96,7 +44,7 @@ class AttentionFeedBackward {
   // pack(matrix, row stride, columns) packs this member's part of a matrix there.
   template <class Pack>
   void prepare(const Pack& pack) {
-    pack(m_.feed_weight, m_.feed_stride, m_.M);
+    pack(m_.feed_weight, m_.feed_stride, m_.F);
     std::memset(own_, 0, static_cast<size_t>(places_.member_bytes));
     const int64_t padded = places_.memory.padded;
     for (int64_t b = part(s_.B, rank_); b < part(s_.B, rank_ + 1); ++b) {
@@ -106,50 +54,35 @@ class AttentionFeedBackward {
         float_row(s < m_.keys_of(b) ? m_.values.at(b, s) : nullptr, dtype_, m_.M, value(b, s));
       }
     }
-    if (!m_.query_weight) return;
-    const int64_t panels = panels_of(s_.H);
-    pack_rows<format, kVectors>(m_.query_weight, dtype_, m_.query_stride, m_.A, s_.H,
-                                part(panels, rank_), part(panels, rank_ + 1),
-                                call_.workspace + places_.query_weight,
-                                packed_panel_bytes(format, m_.A, kVectors));
+    if (m_.query_weight) {
+      pack_columns_of(m_.query_weight, m_.query_stride, m_.A, s_.H, places_.query_weight);
+    }
+    if (m_.output_weight) {
+      const char* const of_state = m_.output_weight + m_.M * esize_;
+      pack_columns_of(m_.output_weight, m_.output_stride, m_.F, m_.M, places_.output_context);
+      pack_columns_of(of_state, m_.output_stride, m_.F, s_.H, places_.output_state);
+    }
   }
 
   // state_grads: the gradients of [h_t; f_t] by the steps after t, a row for each sentence. Those
-  // of f_t go over into those of h_t.
+  // of f_t, or of location of f_{t+1}, go over into those of h_t.
   void before_step(int64_t t, float* state_grads, int64_t stride) {
-    for (int64_t b = part(s_.B, rank_); b < part(s_.B, rank_ + 1); ++b) {
-      sentence(t, b, state_grads + b * stride);
-    }
-    if (!m_.query_weight) return;
+    const int64_t next = m_.located() ? t + 1 : t;
+    if (next < s_.T) attend_backward(next, state_grads, stride);
+  }
+
+  // The same of the first state, once all members have its gradients.
+  void after_last(float* state_grads, int64_t stride) {
+    if (!m_.located()) return;
     barrier_.wait(members_);
-    constexpr int kRows = tile_room(format, kVectors);
-    alignas(64) float tile[kRows * kPanel];
-    PackedView w;
-    w.data = call_.workspace + places_.query_weight;
-    w.groups = round_up(m_.A, group_size(format)) / group_size(format);
-    w.panel_bytes = packed_panel_bytes(format, m_.A, kVectors);
-    const RowTiles tiles(s_.B, tile_rows(format, kVectors));
-    for (int64_t p = part(panels_of(s_.H), rank_); p < part(panels_of(s_.H), rank_ + 1); ++p) {
-      for (int64_t i = 0; i < tiles.count; ++i) {
-        const int64_t row = tiles.begin(i), end = tiles.begin(i + 1);
-        multiply_rows<format, kVectors>(static_cast<int>(end - row), w, p,
-                                        {d_query(t, row), places_.d_query_row}, tile, kPanel);
-        for (int64_t b = row; b < end; ++b) {
-          for (int v = 0; v < kVectors && p * kPanel + v * kLanes < s_.H; ++v) {
-            const int64_t h = p * kPanel + v * kLanes;
-            const Float sum = load(tile + (b - row) * kPanel + v * kLanes);
-            float* const to = state_grads + b * stride + h;
-            store(to, add(load(to), first_lanes(sum, lanes_left(h, s_.H))));
-          }
-        }
-      }
-    }
+    attend_backward(0, state_grads, stride);
+    barrier_.wait(members_);
   }
 
   // The gradients of f_{t-1} from those of step t's gates.
   void after_step(const PackedView& w, RowsView gate_grads) {
     const RowTiles tiles(s_.B, tile_rows(format, kVectors));
-    for (int64_t p = part(panels_of(m_.M), rank_); p < part(panels_of(m_.M), rank_ + 1); ++p) {
+    for (int64_t p = part(panels_of(m_.F), rank_); p < part(panels_of(m_.F), rank_ + 1); ++p) {
       for (int64_t i = 0; i < tiles.count; ++i) {
         const int64_t row = tiles.begin(i);
         multiply_rows<format, kVectors>(static_cast<int>(tiles.begin(i + 1) - row), w, p,
@@ -165,55 +98,147 @@ class AttentionFeedBackward {
   void add_weight_gradient(int64_t begin, int64_t rows, bool last, const Add& add) {
     const char** const fed = reinterpret_cast<const char**>(call_.workspace + places_.fed_rows);
     for (int64_t i = part(rows, rank_); i < part(rows, rank_ + 1); ++i) {
-      const int64_t t = begin + i / s_.B, b = i % s_.B;
-      fed[i] = t > 0 ? output(t - 1, b) + s_.H * esize_ : m_.context0 + b * m_.M * esize_;
+      const int64_t t = m_.located() ? begin + i / s_.B : begin + i / s_.B - 1, b = i % s_.B;
+      fed[i] = t >= 0 ? output(t, b) + s_.H * esize_ : m_.context0 + b * m_.F * esize_;
     }
     barrier_.wait(members_);
     const bool sums = dtype_ != Format::kFloat32;
     float* const target = reinterpret_cast<float*>(sums ? call_.workspace + places_.fed_sums
                                                         : call_.grad_feed_weight);
-    add(fed, m_.M, target);
+    add(fed, m_.F, target);
     if (last && sums)
-      round_sums(target, rnn::gate_count(cell) * s_.H, m_.M, call_.grad_feed_weight);
+      round_sums(target, rnn::gate_count(cell) * s_.H, m_.F, call_.grad_feed_weight);
   }
 
-  // The first context's gradient, and W_q's; all members call it.
+  // The gradients of the first context, W_q and W_o; all members call it.
   void finish() {
     for (int64_t b = part(s_.B, rank_); b < part(s_.B, rank_ + 1); ++b) {
-      for (int64_t c = 0; c < m_.M; c += kLanes) {
-        store_as(dtype_, call_.grad_context0 + (b * m_.M + c) * esize_, load(fed_grads(b) + c),
-                 lanes_left(c, m_.M));
+      for (int64_t c = 0; c < m_.F; c += kLanes) {
+        const Float first = m_.located() ? zero() : load(fed_grads(b) + c);
+        store_as(dtype_, call_.grad_context0 + (b * m_.F + c) * esize_, first, lanes_left(c, m_.F));
       }
     }
-    if (!m_.query_weight) return;
-    const int64_t rows = s_.T * s_.B;
-    const char** const h = reinterpret_cast<const char**>(call_.workspace + places_.rows);
-    for (int64_t i = part(rows, rank_); i < part(rows, rank_ + 1); ++i) {
-      h[i] = output(i / s_.B, i % s_.B);
+    if (m_.query_weight) {
+      const int64_t before = m_.located() ? 1 : 0;
+      weight_gradient(d_query(0, 0), places_.d_query_row, m_.A, s_.H, call_.grad_query_weight,
+                      [&](int64_t t, int64_t b) {
+                        if (t >= before) return output(t - before, b);
+                        return call_.rnn.direction[0].h0 + b * s_.H * esize_;
+                      });
     }
-    barrier_.wait(members_);
-    const bool sums = dtype_ != Format::kFloat32;
-    const WeightGrad<format> product{dtype_,
-                                     d_query(0, 0),
-                                     places_.d_query_row,
-                                     rows,
-                                     m_.A,
-                                     m_.A,
-                                     call_.workspace + places_.products,
-                                     rows,
-                                     s_.H,
-                                     !sums,
-                                     rank_,
-                                     members_,
-                                     barrier_};
-    float* const target =
-        reinterpret_cast<float*>(sums ? call_.workspace + places_.sums : call_.grad_query_weight);
-    product.prepare();
-    product.add(h, s_.H, 0, 1, [](int gate) { return gate; }, target, true);
-    if (sums) round_sums(target, m_.A, s_.H, call_.grad_query_weight);
+    if (m_.output_weight) {
+      weight_gradient(d_output(0, 0), places_.d_output_row, m_.F, m_.M, call_.grad_output_context,
+                      [&](int64_t t, int64_t b) { return context(t, b); });
+      weight_gradient(d_output(0, 0), places_.d_output_row, m_.F, s_.H, call_.grad_output_state,
+                      [&](int64_t t, int64_t b) { return output(t, b); });
+    }
   }
 
  private:
+  // The gradient (columns, k) of a matrix that made `grads`, staged rows [T][B], of the rows that
+  // row(t, b) gives.
+  template <class Row>
+  void weight_gradient(const char* grads, int64_t row_bytes, int64_t columns, int64_t k, char* to,
+                       const Row& row) const {
+    const int64_t rows = s_.T * s_.B;
+    const char** const inputs = reinterpret_cast<const char**>(call_.workspace + places_.rows);
+    for (int64_t i = part(rows, rank_); i < part(rows, rank_ + 1); ++i) {
+      inputs[i] = row(i / s_.B, i % s_.B);
+    }
+    barrier_.wait(members_);
+    const bool sums = dtype_ != Format::kFloat32;
+    const WeightGrad<format> product{
+        dtype_, grads, row_bytes, rows,  columns,  columns, call_.workspace + places_.products,
+        rows,   k,     !sums,     rank_, members_, barrier_};
+    float* const target = reinterpret_cast<float*>(sums ? call_.workspace + places_.sums : to);
+    product.prepare();
+    product.add(inputs, k, 0, 1, [](int gate) { return gate; }, target, true);
+    if (!sums) return;
+    round_sums(target, columns, k, to);
+    barrier_.wait(members_);  // the sums' place is used again
+  }
+
+  // This member's columns of a matrix (k, columns), packed with k over its rows.
+  void pack_columns_of(const char* matrix, int64_t row_stride, int64_t k, int64_t columns,
+                       int64_t place) const {
+    const int64_t panels = panels_of(columns);
+    pack_rows<format, kVectors>(matrix, dtype_, row_stride, k, columns, part(panels, rank_),
+                                part(panels, rank_ + 1), call_.workspace + place,
+                                packed_panel_bytes(format, k, kVectors));
+  }
+
+  // put(b, column, vector, lanes) takes the products of staged rows [B] of k numbers by this
+  // member's panels of a matrix that pack_columns_of packed.
+  template <class Put>
+  void each_product(const char* rows, int64_t row_bytes, int64_t place, int64_t k, int64_t columns,
+                    const Put& put) const {
+    alignas(64) float tile[tile_room(format, kVectors) * kPanel];
+    const PackedView w = view(call_.workspace, MatrixPlace{place}, format, k, kVectors);
+    const RowTiles tiles(s_.B, tile_rows(format, kVectors));
+    const int64_t panels = panels_of(columns);
+    for (int64_t p = part(panels, rank_); p < part(panels, rank_ + 1); ++p) {
+      for (int64_t i = 0; i < tiles.count; ++i) {
+        const int64_t row = tiles.begin(i), end = tiles.begin(i + 1);
+        multiply_rows<format, kVectors>(static_cast<int>(end - row), w, p,
+                                        {rows + row * row_bytes, row_bytes}, tile, kPanel);
+        for (int64_t b = row; b < end; ++b) {
+          for (int v = 0; v < kVectors && p * kPanel + v * kLanes < columns; ++v) {
+            const int64_t column = p * kPanel + v * kLanes;
+            const int lanes = lanes_left(column, columns);
+            const Float x = load(tile + (b - row) * kPanel + v * kLanes);
+            put(b, column, first_lanes(x, lanes), lanes);
+          }
+        }
+      }
+    }
+  }
+
+  // From the gradients of f of step t to those of the state that it was made of.
+  void attend_backward(int64_t t, float* state_grads, int64_t stride) const {
+    const auto onto_state = [&](int64_t b, int64_t column, Float x, int) {
+      float* const to = state_grads + b * stride + column;
+      store(to, add(load(to), x));
+    };
+    if (m_.output_weight) {
+      for (int64_t b = part(s_.B, rank_); b < part(s_.B, rank_ + 1); ++b) output_gradients(t, b);
+      barrier_.wait(members_);
+      const char* const rows = d_output(t, 0);
+      each_product(
+          rows, places_.d_output_row, places_.output_context, m_.F, m_.M,
+          [&](int64_t b, int64_t column, Float x, int) { store(context_grads(b) + column, x); });
+      each_product(rows, places_.d_output_row, places_.output_state, m_.F, s_.H, onto_state);
+      barrier_.wait(members_);
+    }
+    for (int64_t b = part(s_.B, rank_); b < part(s_.B, rank_ + 1); ++b) {
+      sentence(t, b, state_grads + b * stride);
+    }
+    if (!m_.query_weight) return;
+    barrier_.wait(members_);
+    each_product(d_query(t, 0), places_.d_query_row, places_.query_weight, m_.A, s_.H, onto_state);
+  }
+
+  // The gradient of f, as it was fed and as it was seen: vector c of it.
+  Float fed_gradient(int64_t t, int64_t b, int64_t c, int lanes) const {
+    const rnn::StepTensor& given = call_.rnn.direction[0].grad_output;
+    Float d = load(fed_grads(b) + c);
+    if (given.data) {
+      const char* const own = given.at(call_.rnn.sequences, t, b) + (s_.H + c) * esize_;
+      d = add(d, load_as(dtype_, own, lanes));
+    }
+    return first_lanes(d, lanes);
+  }
+
+  // Through tanh, staged.
+  void output_gradients(int64_t t, int64_t b) const {
+    const char* const f = output(t, b) + s_.H * esize_;
+    for (int64_t c = 0; c < m_.F; c += kLanes) {
+      const int lanes = lanes_left(c, m_.F);
+      const Float y = load_as(dtype_, f + c * esize_, lanes);
+      const Float d = mul(fed_gradient(t, b, c, lanes), fnma(y, y, set1(1.0f)));
+      stage_vector<format>(staged_at<format>(d_output(t, b), c), d);
+    }
+  }
+
   int64_t part(int64_t n, int i) const { return n * i / members_; }
   float* mine(int64_t place) const { return reinterpret_cast<float*>(own_ + place); }
   float* value(int64_t b, int64_t s) const {
@@ -222,6 +247,16 @@ class AttentionFeedBackward {
   }
   char* d_query(int64_t t, int64_t b) const {
     return call_.workspace + places_.d_query + (t * s_.B + b) * places_.d_query_row;
+  }
+
+  char* d_output(int64_t t, int64_t b) const {
+    return call_.workspace + places_.d_output + (t * s_.B + b) * places_.d_output_row;
+  }
+  float* context_grads(int64_t b) const {
+    return reinterpret_cast<float*>(call_.workspace + places_.contexts) + b * places_.context_row;
+  }
+  const char* context(int64_t t, int64_t b) const {
+    return call_.contexts + (b * s_.T + t) * m_.M * esize_;
   }
 
   float* fed_grads(int64_t b) const {
@@ -244,16 +279,12 @@ class AttentionFeedBackward {
 
   // The gradients of one sentence's context, scores and query.
   void sentence(int64_t t, int64_t b, float* state_grads) const {
-    const int64_t n = m_.keys_of(b);
-    const rnn::StepTensor& given = call_.rnn.direction[0].grad_output;
-    const char* const own = given.data ? given.at(call_.rnn.sequences, t, b) : nullptr;
+    const int64_t n = m_.weights_of(b);
     float* const d_context = mine(places_.d_context);
     char* const shown = call_.grad_context + (b * s_.T + t) * m_.M * esize_;
     for (int64_t c = 0; c < m_.M; c += kLanes) {
       const int lanes = lanes_left(c, m_.M);
-      Float d = load(fed_grads(b) + c);
-      if (own) d = add(d, load_as(dtype_, own + (s_.H + c) * esize_, lanes));
-      d = first_lanes(d, lanes);
+      const Float d = m_.output_weight ? load(context_grads(b) + c) : fed_gradient(t, b, c, lanes);
       store(d_context + c, d);
       store_as(dtype_, shown + c * esize_, d, lanes);
     }
@@ -270,6 +301,11 @@ class AttentionFeedBackward {
     };
     if (n == 0) {
       for (int64_t a = 0; a < m_.A; a += kLanes) put(a, zero(), lanes_left(a, m_.A));
+    } else if (m_.located()) {
+      for (int64_t a = 0; a < m_.A; a += kLanes) {
+        const int lanes = static_cast<int>(n - a < kLanes ? (n > a ? n - a : 0) : kLanes);
+        put(a, lanes > 0 ? first_lanes(load(g + a), lanes) : zero(), lanes_left(a, m_.A));
+      }
     } else if (m_.score == Score::kDot) {
       each_vector([&](int64_t a, int64_t vectors) { dots(b, n, a, vectors, g, put); });
     } else {
@@ -282,12 +318,17 @@ class AttentionFeedBackward {
     }
   }
 
+  // n: the weights of the sentence, of which the first belong to keys.
   void score_gradients(int64_t t, int64_t b, int64_t n, const float* d_context, float* g) const {
-    all_sums(d_context, places_.value_stride, 1, n, round_up(m_.M, kLanes), g, 0,
-             FloatKeys{value(b, 0), places_.value_stride},
-             [](Float sum, Float x, Float y, int64_t)
-                 __attribute__((always_inline)) { return fma(x, y, sum); });
-    const int64_t row = (b * s_.T + t) * m_.S;
+    const int64_t keys = m_.keys_of(b);
+    if (keys > 0) {
+      all_sums(d_context, places_.value_stride, 1, keys, round_up(m_.M, kLanes), g, 0,
+               FloatKeys{value(b, 0), places_.value_stride},
+               [](Float sum, Float x, Float y, int64_t)
+                   __attribute__((always_inline)) { return fma(x, y, sum); });
+    }
+    for (int64_t s = keys; s < n; ++s) g[s] = 0.0f;
+    const int64_t row = (b * s_.T + t) * m_.weights_size();
     const float* const w = call_.weights + row;
     const float* const extra = call_.grad_weights ? call_.grad_weights + row : nullptr;
     float mean = 0.0f;
@@ -296,6 +337,12 @@ class AttentionFeedBackward {
       mean += w[s] * g[s];
     }
     for (int64_t s = 0; s < n; ++s) g[s] = w[s] * (g[s] - mean);
+    if (!m_.located()) return;
+    char* const to = call_.grad_positions + (b * s_.T + t) * m_.A * esize_;
+    for (int64_t s = 0; s < n; s += kLanes) {
+      const int lanes = lanes_left(s, n);
+      store_as(dtype_, to + s * esize_, first_lanes(load(g + s), lanes), lanes);
+    }
   }
 
   // Vectors of the attention size, some at a time: a line of each key row is read once.

@@ -35,10 +35,15 @@ inline MemoryPlaces memory_places(const Memory& m, int64_t B, Layout& layout) {
   MemoryPlaces p{};
   p.stride = row_floats(m.A);
   p.padded = round_up(m.S, kKeyBlock);
-  p.keys = layout.take(B * p.padded * p.stride * 4);
+  p.keys = layout.take(m.located() ? 0 : B * p.padded * p.stride * 4);
   p.direct = layout.take(B * 4);
   p.v = layout.take(round_up(m.A, kLanes) * 4);
   return p;
+}
+
+// Room for a row of weights.
+inline int64_t scores_floats(const Memory& m, const MemoryPlaces& p) {
+  return row_floats(p.padded > m.weights_size() ? p.padded : m.weights_size());
 }
 
 // Buffers of a member, with zeros behind what they hold: a query's factors in kTileQueries rows, a
@@ -68,6 +73,7 @@ class MemoryRows {
 
   // The rows of sentence b, by one member; and v, by the first.
   void prepare(int64_t b) const {
+    if (m_.located()) return;
     const int64_t n = m_.keys_of(b);
     if (b == 0 && m_.score_weight) {
       for (int64_t a = 0; a < m_.A; a += kLanes) {

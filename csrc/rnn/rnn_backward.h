@@ -69,6 +69,7 @@ class BackwardRun : BackwardCells<cell, format> {
       barrier_.wait(members_);
       add_bias_sums();
     }
+    if constexpr (Feed::kActive) feed_->after_last(dh(0), places_.padded);
     finish();
     if constexpr (Feed::kActive) feed_->finish();
   }

@@ -54,6 +54,7 @@ class ForwardRun : ForwardCells<cell, format> {
     prepare();
     if constexpr (Feed::kActive) feed_->prepare();
     barrier_.wait(members_);
+    if constexpr (Feed::kActive) feed_->start({h_row(0, 0), staged_row_bytes(kExchange, s_.P)});
     int now = 0;
     bool started = false;
     Chunk chunk = chunk_after({first_step(), first_step(), 0, 0});

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from encdec_fast.backends import Description
 from encdec_fast.nn._parts import LISTENERS, why_called
@@ -229,8 +230,8 @@ class AttentionDecoder(nn.Module):
     """All steps of a known target (teacher forcing), as one op forward and backward.
 
     Arguments and the one submodule, cell, are AttentionDecoderCell's: what was trained here decodes
-    there, step by step. With AdditiveAttention (without coverage) and LuongAttention (without
-    output_size) the steps are one call of `encdec_fast.ops.attention_decoder`; with any other
+    there, step by step. With AdditiveAttention (without coverage), LuongAttention and
+    LocationAttention the steps are one call of `encdec_fast.ops.attention_decoder`; with any other
     attention, hooks on a submodule or a weight_dtype of one, the cell runs step by step.
     """
 
@@ -289,14 +290,27 @@ class AttentionDecoder(nn.Module):
         if any(getattr(part, "weight_dtype", None) for part in (cell, *attention.children())):
             return "a part rounds its weights"  # which is its own affair
         read = {"query_proj": False, "score": False, "score_proj": False}
+        read |= {"output_proj": False, "attn": True}
         called = why_called(attention, {n: b for n, b in read.items() if n in attention._modules})
         if called:
             return called
         if kind is AdditiveAttention:
             return "the attention has a coverage" if attention.coverage else ""
-        if kind is LuongAttention:
-            return "" if attention.output_size is None else "the attention has an output layer"
+        if kind in (LuongAttention, LocationAttention):
+            return ""
         return f"the attention is {kind.__name__}"
+
+    def _location_weights(self, input: Tensor) -> tuple[Tensor, Tensor]:
+        """Those columns of a LocationAttention's weight that meet the input, and the state."""
+        attention: Any = self.cell.attention
+        weight = attention.attn.weight
+        wanted = input.shape[-1] + self.cell.hidden_size
+        if weight.shape[1] != wanted:
+            raise RuntimeError(
+                f"AttentionDecoder: the LocationAttention takes {weight.shape[1]} features, but "
+                f"input and state have {wanted}"
+            )
+        return weight[:, : input.shape[-1]], weight[:, input.shape[-1] :]
 
     def _arguments(
         self, input: Tensor, memory: Tensor, state: State, memory_lengths: Lengths
@@ -304,17 +318,25 @@ class AttentionDecoder(nn.Module):
         """The arguments of the op."""
         attention: Any = self.cell.attention
         cell: Any = self.cell.cell
-        query_weight = score_weight = None
+        query_weight = score_weight = positions = output_weight = keys = None
+        if type(attention) is LocationAttention:
+            of_input, query_weight = self._location_weights(input)
+            positions = functional.linear(input, of_input, attention.attn.bias)
+        else:
+            keys = attention.project_memory(memory)
         if type(attention) is AdditiveAttention:
             query_weight, score_weight = attention.query_proj.weight, attention.score.weight[0]
-        elif attention.score == "concat":
-            query_weight = attention.query_proj.weight
-            score_weight = attention.score_proj.weight[0]
+        elif type(attention) is LuongAttention:
+            if attention.score == "concat":
+                query_weight = attention.query_proj.weight
+                score_weight = attention.score_proj.weight[0]
+            if attention.output_size is not None:
+                output_weight = attention.output_proj.weight
         h, c = state[0], state[1] if self.cell.kind == "lstm" else None
         biases = (cell.bias_ih, cell.bias_hh) if cell.bias else (None, None)
-        keys = attention.project_memory(memory)
         weights = (cell.weight_ih, cell.weight_hh, *biases, query_weight, score_weight)
-        tensors = (input, h, c, state[-1], keys, memory, *weights, memory_lengths)
+        more = (positions, output_weight, memory_lengths)
+        tensors = (input, h, c, state[-1], keys, memory, *weights, *more)
         return tensors, {"cell": self.cell.kind}
 
     def _steps(

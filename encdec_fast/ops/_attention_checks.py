@@ -207,32 +207,50 @@ def decoder(tensors: Sequence[State], gates: int) -> None:
     """RuntimeError unless the tensors of `attention_decoder` fit the input, h0 and the memory."""
     name = "attention_decoder"
     input, h0, c0, context0, keys, values, weight_ih, weight_hh, *others = tensors
-    assert input is not None and h0 is not None and context0 is not None
-    assert keys is not None and values is not None
-    ranks = {"input": (input, 3), "h0": (h0, 2), "context0": (context0, 2)}
-    for what, (tensor, rank) in {**ranks, "keys": (keys, 3), "values": (values, 3)}.items():
+    bias_ih, bias_hh, query_weight, score_weight, positions, output_weight = others
+    assert input is not None and h0 is not None and context0 is not None and values is not None
+    if (keys is None) == (positions is None):
+        raise RuntimeError(f"{name}: either keys or positions must be given, and not both")
+    scored = keys if positions is None else positions
+    assert scored is not None
+    ranks = {"input": (input, 3), "h0": (h0, 2), "context0": (context0, 2), "values": (values, 3)}
+    for what, (tensor, rank) in {
+        **ranks,
+        "positions" if keys is None else "keys": (scored, 3),
+    }.items():
         if tensor.dim() != rank:
             raise RuntimeError(f"{name}: {what} must have {rank} dimensions, got {tensor.dim()}")
-    batch, _, size = input.shape
-    hidden, width = h0.shape[1], values.shape[2]
-    (keys_count, attended), rows = keys.shape[1:], gates * hidden
+    batch, steps, size = input.shape
+    hidden, count, width = h0.shape[1], *values.shape[1:]
+    attended, rows = scored.shape[2], gates * hidden
+    fed = width if output_weight is None else context0.shape[1]
     if (c0 is None) != (gates == 3):
         raise RuntimeError(f"{name}: c0 is for an LSTM, and only for an LSTM")
-    bias_ih, bias_hh, query_weight, score_weight = others
     if (bias_ih is None) != (bias_hh is None):
         raise RuntimeError(f"{name}: bias_ih and bias_hh are given together or not at all")
+    if positions is not None and (query_weight is None or score_weight is not None):
+        raise RuntimeError(f"{name}: positions go with query_weight and without score_weight")
+    if positions is not None and output_weight is not None:
+        raise RuntimeError(f"{name}: output_weight is for attention by keys, not by positions")
+    if positions is not None and count > attended:
+        raise RuntimeError(
+            f"{name}: values must have at most the {attended} positions that there are scores for, "
+            f"but they have {count}"
+        )
     wanted: dict[str, tuple[State, tuple[int, ...]]] = {
         "h0": (h0, (batch, hidden)),
         "c0": (c0, (batch, hidden)),
-        "context0": (context0, (batch, width)),
-        "keys": (keys, (batch, keys_count, attended)),
-        "values": (values, (batch, keys_count, width)),
-        "weight_ih": (weight_ih, (rows, size + width)),
+        "context0": (context0, (batch, fed)),
+        "keys": (keys, (batch, count, attended)),
+        "values": (values, (batch, count, width)),
+        "weight_ih": (weight_ih, (rows, size + fed)),
         "weight_hh": (weight_hh, (rows, hidden)),
         "bias_ih": (bias_ih, (rows,)),
         "bias_hh": (bias_hh, (rows,)),
         "query_weight": (query_weight, (attended, hidden)),
         "score_weight": (score_weight, (attended,)),
+        "positions": (positions, (batch, steps, attended)),
+        "output_weight": (output_weight, (fed, width + hidden)),
     }
     shapes = {what: own for what, own in wanted.items() if own[0] is not None}
     check_shapes(name, "input", input, shapes)
@@ -243,5 +261,5 @@ def decoder(tensors: Sequence[State], gates: int) -> None:
         )
     if not input.is_floating_point():
         raise RuntimeError(f"{name}: expected floating-point tensors, but input is {input.dtype}")
-    if hidden == 0 or width == 0 or attended == 0:
-        raise RuntimeError(f"{name}: the sizes of h0, keys and values must not be 0")
+    if hidden == 0 or width == 0 or attended == 0 or fed == 0:
+        raise RuntimeError(f"{name}: the sizes of h0, context0, keys and values must not be 0")

@@ -61,6 +61,11 @@ def reference(
     """(context, weights) in plain PyTorch, by the formulas above: what the result is held to."""
     scores = torch.cat([embedded, hidden], -1) @ weight.t()
     scores = scores if bias is None else scores + bias
+    return by_scores(scores, memory, memory_lengths)
+
+
+def by_scores(scores: Tensor, memory: Tensor, memory_lengths: State) -> tuple[Tensor, Tensor]:
+    """`reference` from the scores (B, Tq, L) of all positions on."""
     size = memory.shape[1]
     if memory_lengths is None:
         weights = torch.softmax(scores, dim=-1)[..., :size]
@@ -135,6 +140,30 @@ def describe(
     return found._replace(op=f"{_NAME}, its scores", plan=lambda backend: plan)
 
 
+def attend_positions(
+    scores: Tensor,
+    memory: Tensor,
+    memory_lengths: Tensor | Sequence[int] | None,
+    need_weights: bool,
+) -> Any:
+    """`location_attention` from the scores (B, Tq, L) of all positions on."""
+    size = memory.shape[1]
+    if memory_lengths is None:
+        weights = _first(torch.softmax(scores, dim=-1), size)
+        context = weights @ memory
+        return (context, weights) if need_weights else context
+    query, key = scores.new_zeros(*scores.shape[:2], 1), scores.new_zeros(*memory.shape[:2], 1)
+    found = attention(
+        query.unsqueeze(1),
+        key.unsqueeze(1),
+        memory.unsqueeze(1),
+        bias=_first(scores, size).unsqueeze(1),
+        memory_lengths=memory_lengths,
+        need_weights=need_weights,
+    )
+    return tuple(t.squeeze(1) for t in found) if need_weights else found.squeeze(1)
+
+
 @explained_by(describe)
 def location_attention(
     embedded: Tensor,
@@ -153,18 +182,4 @@ def location_attention(
     """
     embedded, hidden, memory, weight, bias = _prepare(embedded, hidden, memory, weight, bias)
     scores = linear(torch.cat([embedded, hidden], -1), weight, bias)
-    size = memory.shape[1]
-    if memory_lengths is None:
-        weights = _first(torch.softmax(scores, dim=-1), size)
-        context = weights @ memory
-        return (context, weights) if need_weights else context
-    query, key = scores.new_zeros(*scores.shape[:2], 1), scores.new_zeros(*memory.shape[:2], 1)
-    found = attention(
-        query.unsqueeze(1),
-        key.unsqueeze(1),
-        memory.unsqueeze(1),
-        bias=_first(scores, size).unsqueeze(1),
-        memory_lengths=memory_lengths,
-        need_weights=need_weights,
-    )
-    return tuple(t.squeeze(1) for t in found) if need_weights else found.squeeze(1)
+    return attend_positions(scores, memory, memory_lengths, need_weights)

@@ -20,22 +20,26 @@ using Numbers = std::vector<float>;
 
 double sigmoid(double x) { return 1.0 / (1.0 + std::exp(-x)); }
 
-// A decoder's sizes, tensors and gradients of its results. LSTM: 4 gates, GRU: 3.
+// A decoder's sizes, tensors and gradients of its results. LSTM: 4 gates, GRU: 3. Of location A
+// positions have scores, at least S. output: with W_o; else F = M.
 struct Decoder {
   rnn::Cell cell;
-  bool additive;
+  Score score;
+  bool output;
   int64_t B, T, S, I, H, A, M;
-  int64_t gates = rnn::gate_count(cell);
+  int64_t gates = rnn::gate_count(cell), F = output ? M + 3 : M;
+  int64_t W = score == Score::kLocation ? A : S;  // numbers in a row of weights
   Numbers x = random_floats(B * T * I), h0 = random_floats(B * H), c0 = random_floats(B * H),
-          f0 = random_floats(B * M), keys = random_floats(B * S * A),
-          values = random_floats(B * S * M), w_ih = random_floats(gates * H * (I + M), 0.5f),
+          f0 = random_floats(B * F), keys = random_floats(B * S * A),
+          values = random_floats(B * S * M), w_ih = random_floats(gates * H * (I + F), 0.5f),
           w_hh = random_floats(gates * H * H, 0.5f), b_ih = random_floats(gates * H),
           b_hh = random_floats(gates * H), w_q = random_floats(A * H, 0.5f), v = random_floats(A),
-          grad = random_floats(B * T * (H + M)), grad_w = random_floats(B * T * S);
+          positions = random_floats(B * T * A), w_o = random_floats(F * (M + H), 0.5f),
+          grad = random_floats(B * T * (H + F)), grad_w = random_floats(B * T * W);
   std::vector<int64_t> lengths;
-  Decoder(rnn::Cell cell, bool additive, int64_t B, int64_t T, int64_t S, int64_t I, int64_t H,
-          int64_t A, int64_t M)
-      : cell(cell), additive(additive), B(B), T(T), S(S), I(I), H(H), A(A), M(M) {
+  Decoder(rnn::Cell cell, Score score, bool output, int64_t B, int64_t T, int64_t S, int64_t I,
+          int64_t H, int64_t A, int64_t M)
+      : cell(cell), score(score), output(output), B(B), T(T), S(S), I(I), H(H), A(A), M(M) {
     for (int64_t b = 0; b < B; ++b) lengths.push_back(b % 3 == 1 ? S / 2 : b % 3 == 2 ? 0 : S);
   }
 
@@ -50,15 +54,56 @@ struct Decoder {
       std::vector<double> h, c, f;
       for (int64_t i = 0; i < H; ++i) h.push_back(value(h0, b * H + i));
       for (int64_t i = 0; i < H; ++i) c.push_back(value(c0, b * H + i));
-      for (int64_t i = 0; i < M; ++i) f.push_back(value(f0, b * M + i));
+      for (int64_t i = 0; i < F; ++i) f.push_back(value(f0, b * F + i));
+      // f of step t from h; adds the weights' part of the sum.
+      const auto attend = [&](int64_t t) {
+        const int64_t n = lengths[static_cast<size_t>(b)], row = b * T + t;
+        std::vector<double> e, q, context(static_cast<size_t>(M), 0.0);
+        for (int64_t a = 0; a < A; ++a) {
+          double sum = 0.0;
+          for (int64_t i = 0; i < H; ++i) sum += value(w_q, a * H + i) * h[static_cast<size_t>(i)];
+          q.push_back(sum);
+        }
+        double top = -1e300, norm = 0.0;
+        for (int64_t s = 0; s < n; ++s) {
+          double sum = 0.0;
+          for (int64_t a = 0; score != Score::kLocation && a < A; ++a) {
+            const double k = value(keys, (b * S + s) * A + a), own = q[static_cast<size_t>(a)];
+            sum += score == Score::kAdditive ? value(v, a) * std::tanh(own + k) : 0.4 * own * k;
+          }
+          if (score == Score::kLocation) {
+            sum = value(positions, row * A + s) + q[static_cast<size_t>(s)];
+          }
+          e.push_back(sum);
+          top = std::max(top, sum);
+        }
+        for (double& p : e) norm += p = std::exp(p - top);
+        for (int64_t s = 0; s < n; ++s) {
+          const double p = e[static_cast<size_t>(s)] / norm;
+          total += p * double(grad_w[static_cast<size_t>(row * W + s)]);
+          for (int64_t i = 0; i < M; ++i)
+            context[static_cast<size_t>(i)] += p * value(values, (b * S + s) * M + i);
+        }
+        for (int64_t i = 0; i < F; ++i) {
+          double& own = f[static_cast<size_t>(i)];
+          own = output ? 0.0 : context[static_cast<size_t>(i)];
+          if (!output) continue;
+          const int64_t at = i * (M + H);
+          for (int64_t j = 0; j < M; ++j)
+            own += value(w_o, at + j) * context[static_cast<size_t>(j)];
+          for (int64_t j = 0; j < H; ++j) own += value(w_o, at + M + j) * h[static_cast<size_t>(j)];
+          own = std::tanh(own);
+        }
+      };
       for (int64_t t = 0; t < T; ++t) {
+        if (score == Score::kLocation) attend(t);
         std::vector<double> from_x, from_h;
         for (int64_t g = 0; g < gates * H; ++g) {
           double a = value(b_ih, g), r = value(b_hh, g);
           for (int64_t i = 0; i < I; ++i)
-            a += value(w_ih, g * (I + M) + i) * value(x, (b * T + t) * I + i);
-          for (int64_t i = 0; i < M; ++i)
-            a += value(w_ih, g * (I + M) + I + i) * f[static_cast<size_t>(i)];
+            a += value(w_ih, g * (I + F) + i) * value(x, (b * T + t) * I + i);
+          for (int64_t i = 0; i < F; ++i)
+            a += value(w_ih, g * (I + F) + I + i) * f[static_cast<size_t>(i)];
           for (int64_t i = 0; i < H; ++i) r += value(w_hh, g * H + i) * h[static_cast<size_t>(i)];
           from_x.push_back(a);
           from_h.push_back(r);
@@ -76,36 +121,12 @@ struct Decoder {
             own_h = (1.0 - z) * std::tanh(x_of(2) + r * h_of(2)) + z * own_h;
           }
         }
-        const int64_t n = lengths[static_cast<size_t>(b)], row = b * T + t;
-        std::vector<double> e, q;
-        for (int64_t a = 0; a < A; ++a) {
-          double sum = 0.0;
-          for (int64_t i = 0; i < H; ++i) sum += value(w_q, a * H + i) * h[static_cast<size_t>(i)];
-          q.push_back(sum);
-        }
-        double top = -1e300, norm = 0.0;
-        for (int64_t s = 0; s < n; ++s) {
-          double sum = 0.0;
-          for (int64_t a = 0; a < A; ++a) {
-            const double k = value(keys, (b * S + s) * A + a), own = q[static_cast<size_t>(a)];
-            sum += additive ? value(v, a) * std::tanh(own + k) : 0.4 * own * k;
-          }
-          e.push_back(sum);
-          top = std::max(top, sum);
-        }
-        for (double& p : e) norm += p = std::exp(p - top);
-        std::fill(f.begin(), f.end(), 0.0);
-        for (int64_t s = 0; s < n; ++s) {
-          const double p = e[static_cast<size_t>(s)] / norm;
-          total += p * double(grad_w[static_cast<size_t>(row * S + s)]);
-          for (int64_t i = 0; i < M; ++i)
-            f[static_cast<size_t>(i)] += p * value(values, (b * S + s) * M + i);
-        }
+        if (score != Score::kLocation) attend(t);
+        const int64_t row = (b * T + t) * (H + F);
         for (int64_t i = 0; i < H; ++i)
-          total += h[static_cast<size_t>(i)] * double(grad[static_cast<size_t>(row * (H + M) + i)]);
-        for (int64_t i = 0; i < M; ++i)
-          total +=
-              f[static_cast<size_t>(i)] * double(grad[static_cast<size_t>(row * (H + M) + H + i)]);
+          total += h[static_cast<size_t>(i)] * double(grad[static_cast<size_t>(row + i)]);
+        for (int64_t i = 0; i < F; ++i)
+          total += f[static_cast<size_t>(i)] * double(grad[static_cast<size_t>(row + H + i)]);
       }
     }
     return total;
@@ -115,12 +136,14 @@ struct Decoder {
 void test(Isa isa, Decoder d, int threads) {
   const rnn::Kernels& recurrent = rnn::kernels(isa);
   const DecoderKernels& kernels = decoder_kernels(isa);
-  const int64_t P = d.H + d.M;
+  const int64_t P = d.H + d.F;
+  const bool located = d.score == Score::kLocation;
   const bool lstm = d.cell == rnn::Cell::kLstm;
   const auto room = [](int64_t n) { return Numbers(static_cast<size_t>(n)); };
   Numbers out = room(d.B * d.T * P), h_n = room(d.B * d.H), c_n = room(d.B * d.H),
           cells = room(d.B * d.T * d.H), gates = room(d.B * d.T * 4 * d.H),
-          queries = room(d.B * d.T * d.A), weights = room(d.B * d.T * d.S);
+          queries = room(d.B * d.T * d.A), weights = room(d.B * d.T * d.W),
+          contexts = room(d.B * d.T * d.M);
   const auto steps = [&](Numbers& t, int64_t size) {
     return rnn::StepTensor{chars(t), size * 4, d.T * size * 4};
   };
@@ -136,20 +159,24 @@ void test(Isa isa, Decoder d, int threads) {
   w.hh = chars(d.w_hh);
   w.b_ih = chars(d.b_ih);
   w.b_hh = chars(d.b_hh);
-  w.ih_stride = d.I + d.M;
+  w.ih_stride = d.I + d.F;
   w.hh_stride = d.H;
   f.memory.feed_weight = w.ih + d.I * 4;
   f.memory.feed_stride = w.ih_stride;
   f.memory.context0 = chars(d.f0);
-  f.memory.score = d.additive ? Score::kAdditive : Score::kDot;
+  f.memory.score = d.score;
   f.memory.S = d.S;
   f.memory.A = d.A;
   f.memory.M = d.M;
+  f.memory.F = d.F;
   f.memory.scale = 0.4f;
   f.memory.query_weight = chars(d.w_q);
   f.memory.query_stride = d.H;
-  f.memory.score_weight = d.additive ? chars(d.v) : nullptr;
-  f.memory.keys = {chars(d.keys), d.S * d.A * 4, d.A * 4};
+  f.memory.score_weight = d.score == Score::kAdditive ? chars(d.v) : nullptr;
+  if (located) f.memory.positions = {chars(d.positions), d.T * d.A * 4, d.A * 4};
+  if (!located) f.memory.keys = {chars(d.keys), d.S * d.A * 4, d.A * 4};
+  if (d.output) f.memory.output_weight = chars(d.w_o);
+  f.memory.output_stride = d.M + d.H;
   f.memory.values = {chars(d.values), d.S * d.M * 4, d.M * 4};
   f.memory.lengths = d.lengths.data();
   rnn::Direction& dir = f.rnn.direction[0];
@@ -162,6 +189,7 @@ void test(Isa isa, Decoder d, int threads) {
   dir.gates = chars(gates);
   f.weights = weights.data();
   f.queries = chars(queries);
+  if (d.output) f.contexts = chars(contexts);
   f.rnn.threads = threads;
   f.rnn.chunk_rows = 2 * d.B;  // several chunks
   Lines packed(recurrent.packed_bytes(f.rnn.shape, Format::kFloat32));
@@ -177,20 +205,25 @@ void test(Isa isa, Decoder d, int threads) {
   CHECK_NEAR(found, d.loss(0.0, nullptr), 1e-4);
 
   Numbers gx = d.x, gh0 = d.h0, gc0 = d.c0, gf0 = d.f0, g_ih = room(d.gates * d.H * d.I),
-          g_hh = d.w_hh, g_feed = room(d.gates * d.H * d.M), gb_ih = d.b_ih, gb_hh = d.b_hh,
-          g_q = d.w_q, g_context = room(d.B * d.T * d.M);
+          g_hh = d.w_hh, g_feed = room(d.gates * d.H * d.F), gb_ih = d.b_ih, gb_hh = d.b_hh,
+          g_q = d.w_q, g_context = room(d.B * d.T * d.M), g_p = room(d.B * d.T * d.A),
+          g_oc = room(d.F * d.M), g_oh = room(d.F * d.H);
   Backward b{};
   b.rnn.shape = f.rnn.shape;
   b.rnn.sequences = f.rnn.sequences;
   b.rnn.dtype = Format::kFloat32;
   b.rnn.input = f.rnn.input;
   b.rnn.grad_input = steps(gx, d.I);
-  b.rnn.fed = d.M;
+  b.rnn.fed = d.F;
   b.rnn.threads = threads;
   b.rnn.chunk_rows = 2 * d.B;
   b.memory = f.memory;
   b.weights = weights.data();
   b.queries = chars(queries);
+  b.contexts = chars(contexts);
+  b.grad_positions = chars(g_p);
+  b.grad_output_context = chars(g_oc);
+  b.grad_output_state = chars(g_oh);
   b.grad_weights = d.grad_w.data();
   b.grad_context = chars(g_context);
   b.grad_context0 = chars(gf0);
@@ -227,14 +260,20 @@ void test(Isa isa, Decoder d, int threads) {
   compare(d.h0, gh0);
   if (lstm) compare(d.c0, gc0);
   compare(d.f0, gf0);
+  if (located) compare(d.positions, g_p);
   compare(d.w_hh, g_hh);
   compare(d.b_ih, gb_ih);
   compare(d.b_hh, gb_hh);
   compare(d.w_q, g_q);
   for (int64_t g = 0; g < d.gates * d.H; g += 1 + d.gates * d.H / 5) {
-    CHECK_NEAR(double(g_ih[static_cast<size_t>(g * d.I)]), slope(d.w_ih, g * (d.I + d.M)), 2e-4);
-    CHECK_NEAR(double(g_feed[static_cast<size_t>(g * d.M)]), slope(d.w_ih, g * (d.I + d.M) + d.I),
-               2e-4);
+    const int64_t row = g * (d.I + d.F);
+    CHECK_NEAR(double(g_ih[static_cast<size_t>(g * d.I)]), slope(d.w_ih, row), 2e-4);
+    CHECK_NEAR(double(g_feed[static_cast<size_t>(g * d.F)]), slope(d.w_ih, row + d.I), 2e-4);
+  }
+  for (int64_t i = 0; d.output && i < d.F; i += 1 + d.F / 5) {
+    const int64_t row = i * (d.M + d.H);
+    CHECK_NEAR(double(g_oc[static_cast<size_t>(i * d.M)]), slope(d.w_o, row), 2e-4);
+    CHECK_NEAR(double(g_oh[static_cast<size_t>(i * d.H)]), slope(d.w_o, row + d.M), 2e-4);
   }
 }
 
@@ -244,11 +283,14 @@ void run_tests() {
   for (const Isa isa : kAllIsas) {
     if (!use_isa(isa)) continue;
     for (const rnn::Cell cell : {rnn::Cell::kLstm, rnn::Cell::kGru}) {
-      for (const bool additive : {false, true}) {
-        for (const int threads : {1, 3}) {
-          test(isa, Decoder(cell, additive, 1, 1, 1, 1, 1, 1, 1), threads);
-          test(isa, Decoder(cell, additive, 4, 3, 7, 5, 19, 11, 13), threads);
-          test(isa, Decoder(cell, additive, 3, 2, 18, 16, 33, 40, 34), threads);
+      for (const Score score : {Score::kDot, Score::kAdditive, Score::kLocation}) {
+        for (const bool output : {false, true}) {
+          if (output && score == Score::kLocation) continue;
+          for (const int threads : {1, 3}) {
+            test(isa, Decoder(cell, score, output, 1, 1, 1, 1, 1, 1, 1), threads);
+            test(isa, Decoder(cell, score, output, 4, 3, 7, 5, 19, 11, 13), threads);
+            test(isa, Decoder(cell, score, output, 3, 2, 18, 16, 33, 40, 34), threads);
+          }
         }
       }
     }
