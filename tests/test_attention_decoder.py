@@ -26,7 +26,7 @@ SHAPES = {
     "long": (2, 40, 20, 16, 34, 32, 16),
 }
 CELLS = pytest.mark.parametrize("cell", ["lstm", "gru"])
-KINDS = ("additive", "general", "dot", "output", "location", "location over all")
+KINDS = ("additive", "general", "dot", "output", "coverage", "location", "location over all")
 ALL_KINDS = pytest.mark.parametrize("kind", KINDS)
 ALL_SHAPES = pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
 
@@ -55,6 +55,8 @@ def make(
         "score_weight": (A,),
         "positions": (B, T, A),
         "output_weight": (F, M + H),
+        "coverage": (B, S),
+        "coverage_weight": (A,),
     }
     given: dict[str, Any] = {}
     for name, size in sizes.items():
@@ -64,7 +66,9 @@ def make(
         given["c0"] = None
     if kind == "dot":
         del given["query_weight"]
-    if kind != "additive":
+    if kind != "coverage":
+        del given["coverage"], given["coverage_weight"]
+    if kind not in ("additive", "coverage"):
         del given["score_weight"]
         given["scale"] = 0.4
     if kind != "output":
@@ -212,11 +216,11 @@ def test_double_backward(cell: str, native: None) -> None:
 
 @CELLS
 @pytest.mark.parametrize("grad", [False, True])
-@pytest.mark.parametrize("kind", ["additive", "dot", "output", "location"])
+@pytest.mark.parametrize("kind", ["additive", "dot", "output", "coverage", "location"])
 def test_opcheck(cell: str, grad: bool, kind: str) -> None:
     given = make(SHAPES["even"], cell, kind, torch.float32, grad=grad)
     order = [*list(make(SHAPES["even"], cell, "additive", torch.float32))[:12]]
-    order += ["positions", "output_weight", "memory_lengths"]
+    order += ["positions", "output_weight", "coverage", "coverage_weight", "memory_lengths"]
     tensors = [given.get(name) for name in order]
     ops = torch.ops.encdec_fast
     op = ops.attention_decoder_train if grad else ops.attention_decoder
@@ -256,7 +260,7 @@ def test_the_same_numbers_on_any_number_of_threads(native: None) -> None:
 def test_sentences_one_at_a_time(cell: str, kind: str, native: None) -> None:
     given = make(SHAPES["larger"], cell, kind, torch.float32)
     output, _ = attention_decoder(**given)
-    rows = ("input", "h0", "c0", "context0", "keys", "values", "positions")
+    rows = ("input", "h0", "c0", "context0", "keys", "values", "positions", "coverage")
     lengths = given["memory_lengths"]
     for b, n in enumerate([SHAPES["larger"][2]] * len(output) if lengths is None else lengths):
         own = dict(given, memory_lengths=None)
@@ -267,12 +271,14 @@ def test_sentences_one_at_a_time(cell: str, kind: str, native: None) -> None:
             own["memory_lengths"] = [int(n)]
         elif own["keys"] is not None:
             own["keys"] = own["keys"][:, :n]
+        if own["coverage"] is not None:
+            own["coverage"] = own["coverage"][:, :n]
         torch.testing.assert_close(
             attention_decoder(**own)[0], output[b : b + 1], rtol=1e-4, atol=1e-5
         )
 
 
-@pytest.mark.parametrize("kind", ["additive", "output", "location"])
+@pytest.mark.parametrize("kind", ["additive", "output", "coverage", "location"])
 def test_padding_is_not_read(kind: str, native: None) -> None:
     given = make(SHAPES["larger"], "lstm", kind, torch.float32, grad=True)
     padding = torch.arange(SHAPES["larger"][2]) >= given["memory_lengths"].unsqueeze(1)
@@ -280,8 +286,8 @@ def test_padding_is_not_read(kind: str, native: None) -> None:
     for fill in (0.0, torch.nan):
         spoiled = copy(given, torch.float32)
         with torch.no_grad():
-            for part in ("keys", "values"):
-                if spoiled[part] is not None:
+            for part in ("keys", "values", "coverage"):
+                if spoiled.get(part) is not None:
                     spoiled[part][padding] = fill
         results = attention_decoder(**spoiled)
         found.append(
@@ -345,6 +351,14 @@ BAD: dict[str, dict[str, Any]] = {
     "neither": {"keys": None},
     "positions and score_weight": {"keys": None, "positions": torch.randn(2, 3, 7)},
     "output_weight": {"output_weight": torch.randn(8, 13)},
+    "coverage": {"coverage": torch.randn(2, 5), "coverage_weight": torch.randn(7)},
+    "coverage_weight": {"coverage": torch.randn(2, 4), "coverage_weight": torch.randn(6)},
+    "coverage alone": {"coverage": torch.randn(2, 4)},
+    "coverage without score_weight": {
+        "coverage": torch.randn(2, 4),
+        "coverage_weight": torch.randn(7),
+        "score_weight": None,
+    },
 }
 BAD_POSITIONS: dict[str, dict[str, Any]] = {
     "rank": {"positions": torch.randn(2, 7)},

@@ -155,26 +155,8 @@ def test_coverage(cell: str) -> None:
         assert explain(decoder.cell, rows, own_memory) is not None
 
 
-def test_coverage_is_not_the_op() -> None:
-    """It goes step by step, and `explain` says why."""
-    decoder = encdec_fast.nn.AttentionDecoder(4, 6, 5, attention_of("coverage"))
-    x, memory = torch.randn(2, 3, 4), torch.randn(2, 7, 5)
-    found = explain(decoder, x, memory, need_weights=True)
-    assert "step by step: the attention has a coverage" in str(found)
-    with pytest.raises(RuntimeError, match="state must be"):
-        explain(decoder, x, memory, (x,) * 6)
-    output, state, weights = decoder(x, memory, need_weights=True)
-    now: Any = None
-    for t in range(3):
-        step, now, weight = decoder.cell(x[:, t], memory, now, need_weights=True)
-        torch.testing.assert_close(output[:, t], step)
-        torch.testing.assert_close(weights[:, t], weight)
-    for a, b in zip(state, now, strict=True):
-        torch.testing.assert_close(a, b)
-
-
 @CELLS
-@MODULES
+@pytest.mark.parametrize("kind", [*KINDS, "coverage"])
 @pytest.mark.parametrize("lengths", [None, [7, 3]])
 def test_gradients_of_a_module(cell: str, kind: str, lengths: Any, native: None) -> None:
     """One op, whose gradients are those of its cell step by step: of each parameter and input."""
@@ -183,6 +165,8 @@ def test_gradients_of_a_module(cell: str, kind: str, lengths: Any, native: None)
     x, memory = torch.randn(2, 4, 4, requires_grad=True), torch.randn(2, 7, M, requires_grad=True)
     first = [torch.randn(2, 6, requires_grad=True) for _ in range(2 if cell == "lstm" else 1)]
     inputs = [x, memory, *first, *decoder.parameters()]
+    if kind == "coverage":
+        nn.init.normal_(decoder.cell.attention.coverage_proj.weight, std=2.0)
     found = explain(decoder, x, memory, tuple(first), lengths)
     assert found.backend == "cpu" and "step by step" not in str(found)
     seeds = torch.randn(2, 4, 6 + M), torch.randn(2, 4, 7)
@@ -190,7 +174,7 @@ def test_gradients_of_a_module(cell: str, kind: str, lengths: Any, native: None)
     def gradients(output: torch.Tensor, weights: torch.Tensor) -> Any:
         return torch.autograd.grad((output * seeds[0]).sum() + (weights * seeds[1]).sum(), inputs)
 
-    output, _, weights = decoder(x, memory, tuple(first), lengths, True)
+    output, state, weights = decoder(x, memory, tuple(first), lengths, True)
     now: Any = tuple(first)
     steps = []
     for t in range(4):
@@ -198,8 +182,12 @@ def test_gradients_of_a_module(cell: str, kind: str, lengths: Any, native: None)
         now = step[1]
         steps.append((step[0], weight))
     expected = [torch.stack(parts, dim=1) for parts in zip(*steps, strict=True)]
+    for a, b in zip(state, now, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
     for a, b in zip(gradients(output, weights), gradients(*expected), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)
+    with pytest.raises(RuntimeError, match="state must be"):
+        explain(decoder, x, memory, (x,) * 6)
 
 
 def test_a_location_attention_of_other_sizes() -> None:

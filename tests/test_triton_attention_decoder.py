@@ -60,7 +60,7 @@ def test_op(cell: str) -> None:
     given = make(SHAPES["even"], cell, "additive", torch.float32, grad=True)
     names = ("input", "h0", "c0", "context0", "keys", "values", "weight_ih", "weight_hh")
     names += ("bias_ih", "bias_hh", "query_weight", "score_weight", "positions", "output_weight")
-    names += ("memory_lengths",)
+    names += ("coverage", "coverage_weight", "memory_lengths")
     tensors = [given.get(name) for name in names]
     with use_backend("triton"):
         op = torch.ops.encdec_fast.attention_decoder_train.default

@@ -35,9 +35,13 @@ struct Memory {
   attention::Rows positions;            // (B, T, A): p, of location
   const char* output_weight = nullptr;  // W_o (F, M + H); null: f is the context, F = M
   int64_t output_stride = 0;            // elements
-  const int64_t* lengths = nullptr;     // [B] keys that count, 0 to S; null: all
+  // With coverage, key s of step t is k_s + c_ts u, c_t the sum of the weights before t:
+  const char* coverage = nullptr;         // [B][S]: c before the first step; null: there is none
+  const char* coverage_weight = nullptr;  // u [A]
+  const int64_t* lengths = nullptr;       // [B] keys that count, 0 to S; null: all
 
   bool located() const { return score == Score::kLocation; }
+  bool covered() const { return coverage; }
   int64_t keys_of(int64_t b) const { return lengths ? lengths[b] : S; }
   // Numbers in a row of weights, and those that a sentence's softmax goes over: of location without
   // lengths all positions, whether there is a key or not.
@@ -47,10 +51,11 @@ struct Memory {
 
 struct Forward {
   rnn::Forward rnn;
-  Memory memory;             // f_t goes behind h_t in a row of the output
-  float* weights = nullptr;  // [B][T][weights_size]
-  char* queries = nullptr;   // [B][T][A], of the call's dtype; null: not wanted
-  char* contexts = nullptr;  // [B][T][M] likewise, where f is not the context
+  Memory memory;               // f_t goes behind h_t in a row of the output
+  float* weights = nullptr;    // [B][T][weights_size]
+  char* queries = nullptr;     // [B][T][A], of the call's dtype; null: not wanted
+  char* contexts = nullptr;    // [B][T][M] likewise, where f is not the context
+  float* coverages = nullptr;  // [B][T][S]: c, with coverage; null: not wanted
   char* workspace = nullptr;
 };
 
@@ -60,6 +65,7 @@ struct Backward {
   const float* weights = nullptr;       // as forward left them
   const char* queries = nullptr;        // likewise
   const char* contexts = nullptr;       // likewise
+  const float* coverages = nullptr;     // likewise
   const float* grad_weights = nullptr;  // [B][T][weights_size]; null: zero
   char* grad_context = nullptr;         // [B][T][M]: of all that the context went into
   char* grad_context0 = nullptr;        // [B][F]
@@ -68,6 +74,11 @@ struct Backward {
   char* grad_positions = nullptr;       // [B][T][A], of location
   char* grad_output_context = nullptr;  // (F, M) and (F, H): W_o's
   char* grad_output_state = nullptr;
+  // With coverage, what the keys' changes from step to step forbid to make at the end:
+  char* grad_keys = nullptr;             // [B][S][A]
+  char* grad_score_weight = nullptr;     // [A]
+  char* grad_coverage = nullptr;         // [B][S]
+  char* grad_coverage_weight = nullptr;  // [A]
   char* workspace = nullptr;
 };
 

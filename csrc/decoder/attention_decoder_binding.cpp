@@ -44,7 +44,8 @@ struct Inputs {
          const Tensor& weight_ih, const Tensor& weight_hh, const OptionalTensor& bias_ih,
          const OptionalTensor& bias_hh, const OptionalTensor& query_weight,
          const OptionalTensor& score_weight, const OptionalTensor& positions,
-         const OptionalTensor& output_weight, const OptionalTensor& lengths, double scale) {
+         const OptionalTensor& output_weight, const OptionalTensor& coverage,
+         const OptionalTensor& coverage_weight, const OptionalTensor& lengths, double scale) {
     STD_TORCH_CHECK(cell == 0 || cell == 1, "the cell must be an LSTM or a GRU");
     STD_TORCH_CHECK(keys.has_value() != positions.has_value(), "either keys or positions");
     const Tensor& scored = keys ? *keys : *positions;
@@ -107,6 +108,15 @@ struct Inputs {
       memory.output_weight = data(*output_weight);
       memory.output_stride = output_weight->stride(0);
     }
+    STD_TORCH_CHECK(
+        coverage.has_value() == coverage_weight.has_value() && (!coverage || score_weight),
+        "coverage goes with its weight and score_weight");
+    if (coverage) {
+      check(*coverage, {B, S}, dtype, false, "coverage");
+      check(*coverage_weight, {A}, dtype, false, "coverage_weight");
+      memory.coverage = data(*coverage);
+      memory.coverage_weight = data(*coverage_weight);
+    }
     memory.scale = static_cast<float>(scale);
     if (query_weight) {
       check(*query_weight, {A, H}, dtype, true, "query_weight");
@@ -139,16 +149,15 @@ struct Inputs {
   }
 };
 
-std::vector<Tensor> attention_decoder_forward(int64_t cell, Tensor input, Tensor h0,
-                                              OptionalTensor c0, Tensor context0,
-                                              OptionalTensor keys, Tensor values, Tensor weight_ih,
-                                              Tensor weight_hh, OptionalTensor bias_ih,
-                                              OptionalTensor bias_hh, OptionalTensor query_weight,
-                                              OptionalTensor score_weight, OptionalTensor positions,
-                                              OptionalTensor output_weight, OptionalTensor lengths,
-                                              double scale, bool save_for_backward) {
+std::vector<Tensor> attention_decoder_forward(
+    int64_t cell, Tensor input, Tensor h0, OptionalTensor c0, Tensor context0, OptionalTensor keys,
+    Tensor values, Tensor weight_ih, Tensor weight_hh, OptionalTensor bias_ih,
+    OptionalTensor bias_hh, OptionalTensor query_weight, OptionalTensor score_weight,
+    OptionalTensor positions, OptionalTensor output_weight, OptionalTensor coverage,
+    OptionalTensor coverage_weight, OptionalTensor lengths, double scale, bool save_for_backward) {
   const Inputs in(cell, input, h0, c0, context0, keys, values, weight_ih, weight_hh, bias_ih,
-                  bias_hh, query_weight, score_weight, positions, output_weight, lengths, scale);
+                  bias_hh, query_weight, score_weight, positions, output_weight, coverage,
+                  coverage_weight, lengths, scale);
   const int64_t B = in.shape.B, T = in.shape.T, H = in.shape.H, F = in.memory.F;
   const bool lstm = in.shape.cell == rnn::Cell::kLstm;
   const int32_t dtype = dtype_of(in.dtype);
@@ -158,7 +167,8 @@ std::vector<Tensor> attention_decoder_forward(int64_t cell, Tensor input, Tensor
   f.rnn.dtype = f.rnn.format = in.dtype;
   f.rnn.input = in.steps(input);
   f.memory = in.memory;
-  // output, h_n, c_n, weights, and what backward reads: cells, gates, queries, contexts.
+  // output, h_n, c_n, weights, and what backward reads: cells, gates, queries, contexts,
+  // coverages.
   std::vector<Tensor> result;
   result.push_back(empty<3>({B, T, H + F}, dtype));
   result.push_back(empty<2>({B, H}, dtype));
@@ -176,10 +186,12 @@ std::vector<Tensor> attention_decoder_forward(int64_t cell, Tensor input, Tensor
     result.push_back(empty<3>({T, B, rnn::saved_gates(in.shape.cell) * H}, dtype));
     result.push_back(empty<3>({B, T, in.memory.A}, dtype));
     result.push_back(empty<3>({B, output_weight ? T : 0, in.memory.M}, dtype));
+    result.push_back(empty<3>({B, coverage ? T : 0, in.memory.S}, aoti_torch_dtype_float32()));
     if (lstm) dir.cells = in.steps(result[4]);
     dir.gates = data(result[5]);
     f.queries = data(result[6]);
     if (output_weight) f.contexts = data(result[7]);
+    if (coverage) f.coverages = reinterpret_cast<float*>(data(result[8]));
   }
   const rnn::Plan plan = rnn::make_plan(in.shape, T * B, 1, in.dtype, threads());
   f.rnn.threads = plan.threads;
@@ -200,10 +212,12 @@ std::vector<Tensor> attention_decoder_backward(
     Tensor input, Tensor h0, OptionalTensor c0, Tensor context0, OptionalTensor keys, Tensor values,
     Tensor weight_ih, Tensor weight_hh, OptionalTensor bias_ih, OptionalTensor bias_hh,
     OptionalTensor query_weight, OptionalTensor score_weight, OptionalTensor positions,
-    OptionalTensor output_weight, OptionalTensor lengths, double scale, Tensor output,
-    Tensor weights, Tensor cells, Tensor gates, Tensor queries, Tensor contexts) {
+    OptionalTensor output_weight, OptionalTensor coverage, OptionalTensor coverage_weight,
+    OptionalTensor lengths, double scale, Tensor output, Tensor weights, Tensor cells, Tensor gates,
+    Tensor queries, Tensor contexts, Tensor coverages) {
   const Inputs in(cell, input, h0, c0, context0, keys, values, weight_ih, weight_hh, bias_ih,
-                  bias_hh, query_weight, score_weight, positions, output_weight, lengths, scale);
+                  bias_hh, query_weight, score_weight, positions, output_weight, coverage,
+                  coverage_weight, lengths, scale);
   const int64_t B = in.shape.B, T = in.shape.T, H = in.shape.H, M = in.memory.M;
   const int64_t A = in.memory.A, S = in.memory.weights_size(), F = in.memory.F;
   const bool lstm = in.shape.cell == rnn::Cell::kLstm;
@@ -215,6 +229,7 @@ std::vector<Tensor> attention_decoder_backward(
   check(gates, {T, B, saved}, in.dtype, false, "gates");
   check(queries, {B, T, A}, in.dtype, false, "queries");
   if (output_weight) check(contexts, {B, T, M}, in.dtype, false, "contexts");
+  if (coverage) check(coverages, {B, T, S}, Format::kFloat32, false, "coverages");
   if (grad_output) check(*grad_output, {B, T, H + F}, in.dtype, true, "grad_output");
   if (lstm && grad_c_n) check(*grad_c_n, {B, H}, in.dtype, false, "grad_c_n");
   if (grad_weights) check(*grad_weights, {B, T, S}, Format::kFloat32, false, "grad_weights");
@@ -225,7 +240,8 @@ std::vector<Tensor> attention_decoder_backward(
   f.memory = in.memory;
   const int32_t dtype = dtype_of(in.dtype);
   // Gradients of input, h0, c0, context0, weight_ih's two parts, weight_hh, bias_ih, bias_hh,
-  // query_weight, of each step's context, positions, and output_weight's two parts.
+  // query_weight, of each step's context, positions, and output_weight's two parts; with coverage
+  // those of keys, score_weight, coverage and coverage_weight.
   std::vector<Tensor> result;
   result.push_back(empty<3>({B, T, in.shape.I}, dtype));
   result.push_back(empty<2>({B, H}, dtype));
@@ -272,6 +288,17 @@ std::vector<Tensor> attention_decoder_backward(
   f.grad_positions = data(result[11]);
   f.grad_output_context = data(result[12]);
   f.grad_output_state = data(result[13]);
+  if (coverage) {
+    f.coverages = reinterpret_cast<const float*>(data(coverages));
+    result.push_back(empty<3>({B, S, A}, dtype));
+    result.push_back(empty<1>({A}, dtype));
+    result.push_back(empty<2>({B, S}, dtype));
+    result.push_back(empty<1>({A}, dtype));
+    f.grad_keys = data(result[14]);
+    f.grad_score_weight = data(result[15]);
+    f.grad_coverage = data(result[16]);
+    f.grad_coverage_weight = data(result[17]);
+  }
   const rnn::Plan plan = rnn::make_backward_plan(in.shape, T * B, in.dtype, threads());
   f.rnn.threads = plan.threads;
   f.rnn.chunk_rows = plan.chunk_rows;
@@ -290,14 +317,16 @@ STABLE_TORCH_LIBRARY_FRAGMENT(encdec_fast_cpu, m) {
       "attention_decoder_forward(int cell, Tensor input, Tensor h0, Tensor? c0, Tensor context0, "
       "Tensor? keys, Tensor values, Tensor weight_ih, Tensor weight_hh, Tensor? bias_ih, "
       "Tensor? bias_hh, Tensor? query_weight, Tensor? score_weight, Tensor? positions, "
-      "Tensor? output_weight, Tensor? lengths, float scale, bool save_for_backward) -> Tensor[]");
+      "Tensor? output_weight, Tensor? coverage, Tensor? coverage_weight, Tensor? lengths, "
+      "float scale, bool save_for_backward) -> Tensor[]");
   m.def(
       "attention_decoder_backward(Tensor? grad_output, Tensor? grad_c_n, Tensor? grad_weights, "
       " int cell, Tensor input, Tensor h0, Tensor? c0, Tensor context0, "
       "Tensor? keys, Tensor values, Tensor weight_ih, Tensor weight_hh, Tensor? bias_ih, "
       "Tensor? bias_hh, Tensor? query_weight, Tensor? score_weight, Tensor? positions, "
-      "Tensor? output_weight, Tensor? lengths, float scale, Tensor output, Tensor weights, "
-      "Tensor cells, Tensor gates, Tensor queries, Tensor contexts) -> Tensor[]");
+      "Tensor? output_weight, Tensor? coverage, Tensor? coverage_weight, Tensor? lengths, "
+      "float scale, Tensor output, Tensor weights, Tensor cells, Tensor gates, Tensor queries, "
+      "Tensor contexts, Tensor coverages) -> Tensor[]");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(encdec_fast_cpu, CPU, m) {

@@ -233,6 +233,17 @@ class AttentionFeed {
     store_as(dtype_, call_.queries + ((b * T_ + t) * m_.A + a) * esize_, seen, lanes);
   }
 
+  // Adds a step's weights to a sentence's coverage, whose rows backward reads.
+  void cover(int64_t b, int64_t t, int64_t n, const float* weights) const {
+    float* const c = memory_.coverage(b);
+    if (call_.coverages) {
+      float* const to = call_.coverages + (b * T_ + t) * m_.S;
+      std::memcpy(to, c, static_cast<size_t>(n * 4));
+      std::memset(to + n, 0, static_cast<size_t>((m_.S - n) * 4));
+    }
+    for (int64_t s = 0; s < n; ++s) c[s] += weights[s];
+  }
+
   void attend(int64_t b, int64_t t) const {
     const int64_t n = m_.weights_of(b), size = m_.weights_size();
     float* const scores = mine(places_.scores);
@@ -246,6 +257,7 @@ class AttentionFeed {
     } else if (n > 0) {
       memory_.attend(b, q(b), own_, places_.query, scores);
     }
+    if (m_.covered()) cover(b, t, n, scores);
     float* const to = call_.weights + (b * T_ + t) * size;
     std::memcpy(to, scores, static_cast<size_t>(n * 4));
     std::memset(to + n, 0, static_cast<size_t>((size - n) * 4));

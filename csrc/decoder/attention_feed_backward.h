@@ -13,30 +13,25 @@
 #pragma once
 
 #include "core/team.h"
-#include "decoder/feed_backward_places.h"
+#include "decoder/feed_backward_scores.h"
 
 namespace encdec::decoder {
 namespace ENCDEC_ISA_NAMESPACE {
 
-using attention::ENCDEC_ISA_NAMESPACE::all_sums;
-
 template <Cell cell, Format format>
-class AttentionFeedBackward {
+class AttentionFeedBackward : FeedBackwardScores<cell, format> {
+  using Base = FeedBackwardScores<cell, format>;
+  using Base::call_, Base::m_, Base::s_, Base::dtype_, Base::esize_, Base::rank_, Base::members_;
+  using Base::coverage_grads, Base::context_grads, Base::context, Base::fed_grads, Base::output;
+  using Base::output_gradients, Base::sentence;
+  using Base::part, Base::mine, Base::value, Base::d_query, Base::d_output, Base::key_grads;
+  using Base::places_, Base::memory_, Base::own_;
+
  public:
   static constexpr bool kActive = true;
 
   AttentionFeedBackward(const Backward& call, Barrier& barrier, int rank, int members)
-      : call_(call),
-        m_(call.memory),
-        s_(call.rnn.shape),
-        dtype_(call.rnn.dtype),
-        esize_(element_bytes(call.rnn.dtype)),
-        barrier_(barrier),
-        rank_(rank),
-        members_(members),
-        places_(feed_backward_places<cell, format>(call)),
-        memory_(m_, dtype_, call.workspace, places_.memory),
-        own_(call.workspace + places_.member + rank * places_.member_bytes) {}
+      : Base(call, rank, members), barrier_(barrier) {}
 
   // What was fed's columns of W_ih, packed with k over the gates.
   char* packed() const { return call_.workspace + places_.feed_weight; }
@@ -49,6 +44,11 @@ class AttentionFeedBackward {
     const int64_t padded = places_.memory.padded;
     for (int64_t b = part(s_.B, rank_); b < part(s_.B, rank_ + 1); ++b) {
       memory_.prepare(b);
+      if (m_.covered()) {
+        const int64_t bytes = padded * 4;
+        std::memset(key_grads(b), 0, static_cast<size_t>(memory_.stride() * bytes));
+        std::memset(coverage_grads(b), 0, static_cast<size_t>(bytes));
+      }
       std::memset(fed_grads(b), 0, static_cast<size_t>(places_.fed_row * 4));
       for (int64_t s = 0; s < padded; ++s) {
         float_row(s < m_.keys_of(b) ? m_.values.at(b, s) : nullptr, dtype_, m_.M, value(b, s));
@@ -118,6 +118,7 @@ class AttentionFeedBackward {
         store_as(dtype_, call_.grad_context0 + (b * m_.F + c) * esize_, first, lanes_left(c, m_.F));
       }
     }
+    if (m_.covered()) finish_coverage();
     if (m_.query_weight) {
       const int64_t before = m_.located() ? 1 : 0;
       weight_gradient(d_query(0, 0), places_.d_query_row, m_.A, s_.H, call_.grad_query_weight,
@@ -135,6 +136,36 @@ class AttentionFeedBackward {
   }
 
  private:
+  // The gradients of keys, v, the first coverage and u.
+  void finish_coverage() const {
+    for (int64_t b = part(s_.B, rank_); b < part(s_.B, rank_ + 1); ++b) {
+      for (int64_t s = 0; s < m_.S; ++s) {
+        put_row(key_grads(b) + s * memory_.stride(), m_.A,
+                call_.grad_keys + (b * m_.S + s) * m_.A * esize_);
+      }
+      put_row(coverage_grads(b), m_.S, call_.grad_coverage + b * m_.S * esize_);
+    }
+    barrier_.wait(members_);
+    if (rank_ > 0) return;
+    for (const int64_t place : {places_.d_v, places_.d_u}) {
+      for (int member = 1; member < members_; ++member) {
+        const char* const others = own_ + member * places_.member_bytes + place;
+        for (int64_t a = 0; a < m_.A; a += kLanes) {
+          float* const sum = mine(place) + a;
+          store(sum, add(load(sum), load(reinterpret_cast<const float*>(others) + a)));
+        }
+      }
+      put_row(mine(place), m_.A,
+              place == places_.d_v ? call_.grad_score_weight : call_.grad_coverage_weight);
+    }
+  }
+
+  void put_row(const float* from, int64_t count, char* to) const {
+    for (int64_t i = 0; i < count; i += kLanes) {
+      store_as(dtype_, to + i * esize_, load(from + i), lanes_left(i, count));
+    }
+  }
+
   // The gradient (columns, k) of a matrix that made `grads`, staged rows [T][B], of the rows that
   // row(t, b) gives.
   template <class Row>
@@ -217,55 +248,6 @@ class AttentionFeedBackward {
     each_product(d_query(t, 0), places_.d_query_row, places_.query_weight, m_.A, s_.H, onto_state);
   }
 
-  // The gradient of f, as it was fed and as it was seen: vector c of it.
-  Float fed_gradient(int64_t t, int64_t b, int64_t c, int lanes) const {
-    const rnn::StepTensor& given = call_.rnn.direction[0].grad_output;
-    Float d = load(fed_grads(b) + c);
-    if (given.data) {
-      const char* const own = given.at(call_.rnn.sequences, t, b) + (s_.H + c) * esize_;
-      d = add(d, load_as(dtype_, own, lanes));
-    }
-    return first_lanes(d, lanes);
-  }
-
-  // Through tanh, staged.
-  void output_gradients(int64_t t, int64_t b) const {
-    const char* const f = output(t, b) + s_.H * esize_;
-    for (int64_t c = 0; c < m_.F; c += kLanes) {
-      const int lanes = lanes_left(c, m_.F);
-      const Float y = load_as(dtype_, f + c * esize_, lanes);
-      const Float d = mul(fed_gradient(t, b, c, lanes), fnma(y, y, set1(1.0f)));
-      stage_vector<format>(staged_at<format>(d_output(t, b), c), d);
-    }
-  }
-
-  int64_t part(int64_t n, int i) const { return n * i / members_; }
-  float* mine(int64_t place) const { return reinterpret_cast<float*>(own_ + place); }
-  float* value(int64_t b, int64_t s) const {
-    return reinterpret_cast<float*>(call_.workspace + places_.values) +
-           (b * places_.memory.padded + s) * places_.value_stride;
-  }
-  char* d_query(int64_t t, int64_t b) const {
-    return call_.workspace + places_.d_query + (t * s_.B + b) * places_.d_query_row;
-  }
-
-  char* d_output(int64_t t, int64_t b) const {
-    return call_.workspace + places_.d_output + (t * s_.B + b) * places_.d_output_row;
-  }
-  float* context_grads(int64_t b) const {
-    return reinterpret_cast<float*>(call_.workspace + places_.contexts) + b * places_.context_row;
-  }
-  const char* context(int64_t t, int64_t b) const {
-    return call_.contexts + (b * s_.T + t) * m_.M * esize_;
-  }
-
-  float* fed_grads(int64_t b) const {
-    return reinterpret_cast<float*>(call_.workspace + places_.fed_grads) + b * places_.fed_row;
-  }
-  const char* output(int64_t t, int64_t b) const {
-    return call_.rnn.direction[0].output.at(call_.rnn.sequences, t, b);
-  }
-
   // This member's rows of sums into a matrix of the call's dtype.
   void round_sums(const float* sums, int64_t rows, int64_t width, char* to) const {
     for (int64_t i = part(rows, rank_); i < part(rows, rank_ + 1); ++i) {
@@ -277,135 +259,7 @@ class AttentionFeedBackward {
     }
   }
 
-  // The gradients of one sentence's context, scores and query.
-  void sentence(int64_t t, int64_t b, float* state_grads) const {
-    const int64_t n = m_.weights_of(b);
-    float* const d_context = mine(places_.d_context);
-    char* const shown = call_.grad_context + (b * s_.T + t) * m_.M * esize_;
-    for (int64_t c = 0; c < m_.M; c += kLanes) {
-      const int lanes = lanes_left(c, m_.M);
-      const Float d = m_.output_weight ? load(context_grads(b) + c) : fed_gradient(t, b, c, lanes);
-      store(d_context + c, d);
-      store_as(dtype_, shown + c * esize_, d, lanes);
-    }
-    float* const g = mine(places_.grads);
-    if (n > 0) score_gradients(t, b, n, d_context, g);
-    // The query's gradient, staged for its products, or straight into the state's.
-    const auto put = [&](int64_t a, Float x, int lanes) {
-      if (m_.query_weight) {
-        stage_vector<format>(staged_at<format>(d_query(t, b), a), first_lanes(x, lanes));
-      } else {
-        float* const to = state_grads + a;
-        store(to, add(load(to), first_lanes(x, lanes)));
-      }
-    };
-    if (n == 0) {
-      for (int64_t a = 0; a < m_.A; a += kLanes) put(a, zero(), lanes_left(a, m_.A));
-    } else if (m_.located()) {
-      for (int64_t a = 0; a < m_.A; a += kLanes) {
-        const int lanes = static_cast<int>(n - a < kLanes ? (n > a ? n - a : 0) : kLanes);
-        put(a, lanes > 0 ? first_lanes(load(g + a), lanes) : zero(), lanes_left(a, m_.A));
-      }
-    } else if (m_.score == Score::kDot) {
-      each_vector([&](int64_t a, int64_t vectors) { dots(b, n, a, vectors, g, put); });
-    } else {
-      const char* query = call_.queries + (b * s_.T + t) * m_.A * esize_;
-      float* const q = mine(places_.factors);
-      const bool direct =
-          memory_.direct(b) || !factor_row<false>(dtype_, query, m_.A, nullptr, nullptr, q);
-      if (direct) factor_row<true>(dtype_, query, m_.A, nullptr, nullptr, q);
-      direct ? additive<true>(b, n, q, g, put) : additive<false>(b, n, q, g, put);
-    }
-  }
-
-  // n: the weights of the sentence, of which the first belong to keys.
-  void score_gradients(int64_t t, int64_t b, int64_t n, const float* d_context, float* g) const {
-    const int64_t keys = m_.keys_of(b);
-    if (keys > 0) {
-      all_sums(d_context, places_.value_stride, 1, keys, round_up(m_.M, kLanes), g, 0,
-               FloatKeys{value(b, 0), places_.value_stride},
-               [](Float sum, Float x, Float y, int64_t)
-                   __attribute__((always_inline)) { return fma(x, y, sum); });
-    }
-    for (int64_t s = keys; s < n; ++s) g[s] = 0.0f;
-    const int64_t row = (b * s_.T + t) * m_.weights_size();
-    const float* const w = call_.weights + row;
-    const float* const extra = call_.grad_weights ? call_.grad_weights + row : nullptr;
-    float mean = 0.0f;
-    for (int64_t s = 0; s < n; ++s) {
-      if (extra) g[s] += extra[s];
-      mean += w[s] * g[s];
-    }
-    for (int64_t s = 0; s < n; ++s) g[s] = w[s] * (g[s] - mean);
-    if (!m_.located()) return;
-    char* const to = call_.grad_positions + (b * s_.T + t) * m_.A * esize_;
-    for (int64_t s = 0; s < n; s += kLanes) {
-      const int lanes = lanes_left(s, n);
-      store_as(dtype_, to + s * esize_, first_lanes(load(g + s), lanes), lanes);
-    }
-  }
-
-  // Vectors of the attention size, some at a time: a line of each key row is read once.
-  template <class Run>
-  void each_vector(const Run& run) const {
-    constexpr int64_t kTogether = 4;
-    const int64_t vectors = round_up(m_.A, kLanes) / kLanes;
-    for (int64_t i = 0; i < vectors; i += kTogether) {
-      run(i * kLanes, vectors - i < kTogether ? vectors - i : kTogether);
-    }
-  }
-
-  template <class Put>
-  void dots(int64_t b, int64_t n, int64_t a, int64_t vectors, const float* g,
-            const Put& put) const {
-    Float sums[4] = {zero(), zero(), zero(), zero()};
-    for (int64_t s = 0; s < n; ++s) {
-      const float* const key = memory_.key(b, s) + a;
-      const Float weight = set1(g[s]);
-      for (int64_t v = 0; v < vectors; ++v) sums[v] = fma(weight, load(key + v * kLanes), sums[v]);
-    }
-    for (int64_t v = 0; v < vectors; ++v) {
-      const int64_t at = a + v * kLanes;
-      put(at, mul(set1(m_.scale), sums[v]), lanes_left(at, m_.A));
-    }
-  }
-
-  template <bool direct, class Put>
-  void additive(int64_t b, int64_t n, const float* q, const float* g, const Put& put) const {
-    const bool again = direct && !memory_.direct(b);  // the sentence's keys are factors
-    const float* const v_row = memory_.v();
-    each_vector([&](int64_t a, int64_t vectors) {
-      Float sums[4] = {zero(), zero(), zero(), zero()}, own[4];
-      for (int64_t v = 0; v < vectors; ++v) own[v] = load(q + a + v * kLanes);
-      for (int64_t first = 0; first < n; first += kKeyBlock) {
-        const int64_t count = n - first < kKeyBlock ? n - first : kKeyBlock;
-        if (again) memory_.direct_keys(b, first, count, mine(places_.keys));
-        const float* key = (again ? mine(places_.keys) : memory_.key(b, first)) + a;
-        for (int64_t s = 0; s < count; ++s, key += memory_.stride()) {
-          const Float weight = set1(g[first + s]);
-          for (int64_t v = 0; v < vectors; ++v) {
-            const Float r = reciprocal_of<direct>(own[v], load(key + v * kLanes));
-            sums[v] = fma(weight, fnma(r, r, r), sums[v]);
-          }
-        }
-      }
-      for (int64_t v = 0; v < vectors; ++v) {
-        const int64_t at = a + v * kLanes;
-        put(at, mul(mul(set1(4.0f), load(v_row + at)), sums[v]), lanes_left(at, m_.A));
-      }
-    });
-  }
-
-  const Backward& call_;
-  const Memory& m_;
-  const rnn::Shape& s_;
-  const Format dtype_;
-  const int esize_;
   Barrier& barrier_;
-  const int rank_, members_;
-  const FeedBackwardPlaces places_;
-  const MemoryRows memory_;
-  char* const own_;
 };
 
 }  // namespace ENCDEC_ISA_NAMESPACE

@@ -24,8 +24,10 @@ struct FeedBackwardPlaces {
   int64_t output_context, output_state;  // packed W_o by columns, k over F
   int64_t d_output, d_output_row;        // staged rows [T][B]: of what tanh is of
   int64_t contexts, context_row;         // float [B][row]: a context's gradient, through W_o
-  int64_t member;                        // of each: a context's gradient, a query's factors, g, 2k
-  int64_t d_context, factors, grads, keys, member_bytes;
+  // With coverage. float [B][padded S][stride]: keys'; [B][padded S]: of the sums of weights.
+  int64_t d_keys, d_coverage;
+  int64_t member;  // of each: a context's gradient, a query's factors, g, 2k
+  int64_t d_context, factors, grads, keys, d_v, d_u, member_bytes;  // d_v, d_u: sums of all steps
   int64_t bytes;
 };
 
@@ -75,11 +77,15 @@ inline FeedBackwardPlaces feed_backward_places(const Backward& f) {
     p.products = all.take(products);
     p.sums = all.take(f.rnn.dtype == Format::kFloat32 ? 0 : sums * 4);
   }
+  p.d_keys = all.take(m.covered() ? s.B * p.memory.padded * p.memory.stride * 4 : 0);
+  p.d_coverage = all.take(m.covered() ? s.B * p.memory.padded * 4 : 0);
   p.member = all.end();
   p.d_context = member.take(kTileQueries * p.value_stride * 4);
   p.factors = member.take(p.memory.stride * 4);
   p.grads = member.take(scores_floats(m, p.memory) * 4);
-  p.keys = member.take(kKeyBlock * p.memory.stride * 4);
+  p.keys = member.take((m.covered() ? p.memory.padded : kKeyBlock) * p.memory.stride * 4);
+  p.d_v = member.take(m.covered() ? p.memory.stride * 4 : 0);
+  p.d_u = member.take(m.covered() ? p.memory.stride * 4 : 0);
   p.member_bytes = member.end();
   p.bytes = p.member + f.rnn.threads * p.member_bytes;
   return p;

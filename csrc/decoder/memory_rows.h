@@ -1,7 +1,9 @@
 // A memory as the steps of a decoder read it: its keys as rows of floats, made once for all steps.
 //
 // For additive scores these are the factors of tanh(q + k) (attention/additive_factors.h), or, for
-// a sentence with a number that is too large for them, rows of 2k.
+// a sentence with a number that is too large for them, rows of 2k. With coverage they are rows of
+// k, of which each step makes 2 (k + c u): an exponential for each number, as factors would take
+// too.
 #pragma once
 
 #include "attention/additive_forward.h"
@@ -29,6 +31,7 @@ struct MemoryPlaces {
   int64_t padded;        // keys of a sentence, up to whole blocks
   int64_t direct;        // float [B]: not 0 where the keys are rows of 2k
   int64_t v;             // float [A]
+  int64_t u, coverage;   // with coverage: float [A]; float [B][padded]: the sums of weights so far
 };
 
 inline MemoryPlaces memory_places(const Memory& m, int64_t B, Layout& layout) {
@@ -38,6 +41,8 @@ inline MemoryPlaces memory_places(const Memory& m, int64_t B, Layout& layout) {
   p.keys = layout.take(m.located() ? 0 : B * p.padded * p.stride * 4);
   p.direct = layout.take(B * 4);
   p.v = layout.take(round_up(m.A, kLanes) * 4);
+  p.u = layout.take(m.covered() ? round_up(m.A, kLanes) * 4 : 0);
+  p.coverage = layout.take(m.covered() ? B * p.padded * 4 : 0);
   return p;
 }
 
@@ -69,6 +74,8 @@ class MemoryRows {
   }
   int64_t stride() const { return p_.stride; }
   const float* v() const { return floats(p_.v); }
+  const float* u() const { return floats(p_.u); }
+  float* coverage(int64_t b) const { return floats(p_.coverage) + b * p_.padded; }
   bool direct(int64_t b) const { return floats(p_.direct)[b] != 0.0f; }
 
   // The rows of sentence b, by one member; and v, by the first.
@@ -81,7 +88,11 @@ class MemoryRows {
         store(floats(p_.v) + a, load_as(dtype_, from, lanes_left(a, m_.A)));
       }
     }
-    if (m_.score == Score::kDot) {
+    if (m_.covered()) {
+      if (b == 0) float_row(m_.coverage_weight, dtype_, m_.A, floats(p_.u));
+      float_row(m_.coverage + b * m_.S * element_bytes(dtype_), dtype_, n, coverage(b));
+    }
+    if (m_.score == Score::kDot || m_.covered()) {
       for (int64_t s = 0; s < n; ++s) float_row(m_.keys.at(b, s), dtype_, m_.A, key(b, s));
     } else {
       const bool direct = !factors<false>(b, n) && factors<true>(b, n);
@@ -104,6 +115,19 @@ class MemoryRows {
     }
   }
 
+  // Rows of 2 (k + c u) of keys [first, first + count), with rows of zeros up to a whole block.
+  void covered_keys(int64_t b, int64_t first, int64_t count, const float* c, float* to) const {
+    for (int64_t i = 0; i < round_up(count, kKeyBlock); ++i, to += p_.stride) {
+      if (i < count) {
+        const char* const key_row = reinterpret_cast<const char*>(key(b, first + i));
+        factor_row<true>(Format::kFloat32, key_row, m_.A, reinterpret_cast<const char*>(c + i),
+                         reinterpret_cast<const char*>(u()), to);
+      } else {
+        std::memset(to, 0, static_cast<size_t>(round_up(m_.A, kLanes) * 4));
+      }
+    }
+  }
+
   // The weights that a query gives to the keys of sentence b, which has some.
   void attend(int64_t b, const float* query, char* own, const QueryPlaces& places,
               float* weights) const {
@@ -112,6 +136,8 @@ class MemoryRows {
     const int64_t n = m_.keys_of(b);
     if (m_.score == Score::kDot) {
       dots(b, n, query, factors, weights);
+    } else if (m_.covered()) {
+      additive<true>(b, n, query, factors, keys, weights);
     } else if (direct(b) || !additive<false>(b, n, query, factors, keys, weights)) {
       additive<true>(b, n, query, factors, keys, weights);
     }
@@ -137,7 +163,10 @@ class MemoryRows {
     for (int64_t s = 0; s < n; s += kKeyBlock) {
       const int64_t count = n - s < kKeyBlock ? n - s : kKeyBlock;
       const float* keys = key(b, s);
-      if (direct_form && !direct(b)) {
+      if (m_.covered()) {
+        covered_keys(b, s, count, coverage(b) + s, block);
+        keys = block;
+      } else if (direct_form && !direct(b)) {
         direct_keys(b, s, count, block);
         keys = block;
       }

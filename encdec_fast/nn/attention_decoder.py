@@ -230,9 +230,9 @@ class AttentionDecoder(nn.Module):
     """All steps of a known target (teacher forcing), as one op forward and backward.
 
     Arguments and the one submodule, cell, are AttentionDecoderCell's: what was trained here decodes
-    there, step by step. With AdditiveAttention (without coverage), LuongAttention and
-    LocationAttention the steps are one call of `encdec_fast.ops.attention_decoder`; with any other
-    attention, hooks on a submodule or a weight_dtype of one, the cell runs step by step.
+    there, step by step. With AdditiveAttention, LuongAttention and LocationAttention the steps are
+    one call of `encdec_fast.ops.attention_decoder`; with any other attention, hooks on a submodule
+    or a weight_dtype of one, the cell runs step by step.
     """
 
     def __init__(
@@ -271,12 +271,16 @@ class AttentionDecoder(nn.Module):
         state = self.cell.first_state(input, state)
         if self._why_steps():
             return self._steps(input, memory, state, memory_lengths, need_weights)
-        tensors, options = self._arguments(input, memory, state, memory_lengths)
-        output, c_n, *weights = attention_decoder(*tensors, **options, need_weights=need_weights)
+        state, covered = self.cell._covered_state(input, memory, state)
+        tensors, options = self._arguments(input, memory, state, covered, memory_lengths)
+        shown = need_weights or bool(covered)
+        output, c_n, *weights = attention_decoder(*tensors, **options, need_weights=shown)
         if input.shape[1] > 0:
             last = output[:, -1].split([self.cell.hidden_size, self.cell.memory_size], dim=1)
             state = (last[0], c_n, last[1]) if self.cell.kind == "lstm" else last
-        return (output, state, *weights)
+            covered = tuple(sum + weights[0].sum(dim=1) for sum in covered)
+        found = (output, (*state, *covered))
+        return (*found, *weights) if need_weights else found
 
     def _why_steps(self) -> str:
         """Why the steps must be taken one at a time; "" where they are one op."""
@@ -290,13 +294,11 @@ class AttentionDecoder(nn.Module):
         if any(getattr(part, "weight_dtype", None) for part in (cell, *attention.children())):
             return "a part rounds its weights"  # which is its own affair
         read = {"query_proj": False, "score": False, "score_proj": False}
-        read |= {"output_proj": False, "attn": True}
+        read |= {"output_proj": False, "attn": True, "coverage_proj": False}
         called = why_called(attention, {n: b for n, b in read.items() if n in attention._modules})
         if called:
             return called
-        if kind is AdditiveAttention:
-            return "the attention has a coverage" if attention.coverage else ""
-        if kind in (LuongAttention, LocationAttention):
+        if kind in (AdditiveAttention, LuongAttention, LocationAttention):
             return ""
         return f"the attention is {kind.__name__}"
 
@@ -313,7 +315,7 @@ class AttentionDecoder(nn.Module):
         return weight[:, : input.shape[-1]], weight[:, input.shape[-1] :]
 
     def _arguments(
-        self, input: Tensor, memory: Tensor, state: State, memory_lengths: Lengths
+        self, input: Tensor, memory: Tensor, state: State, covered: State, memory_lengths: Lengths
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """The arguments of the op."""
         attention: Any = self.cell.attention
@@ -335,7 +337,8 @@ class AttentionDecoder(nn.Module):
         h, c = state[0], state[1] if self.cell.kind == "lstm" else None
         biases = (cell.bias_ih, cell.bias_hh) if cell.bias else (None, None)
         weights = (cell.weight_ih, cell.weight_hh, *biases, query_weight, score_weight)
-        more = (positions, output_weight, memory_lengths)
+        coverage = (*covered, attention.coverage_proj.weight[:, 0]) if covered else (None, None)
+        more = (positions, output_weight, *coverage, memory_lengths)
         tensors = (input, h, c, state[-1], keys, memory, *weights, *more)
         return tensors, {"cell": self.cell.kind}
 
@@ -379,5 +382,6 @@ class AttentionDecoder(nn.Module):
             given = (one, memory, state, memory_lengths, need_weights)
             found = self.cell._encdec_fast_describe(*given)
             return found._replace(op="attention_decoder", plan=lambda _: f"step by step: {reason}")
-        tensors, options = self._arguments(input, memory, state, memory_lengths)
+        state, covered = self.cell._covered_state(input, memory, state)
+        tensors, options = self._arguments(input, memory, state, covered, memory_lengths)
         return describe(*tensors, **options, need_weights=need_weights)

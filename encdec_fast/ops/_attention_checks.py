@@ -207,7 +207,8 @@ def decoder(tensors: Sequence[State], gates: int) -> None:
     """RuntimeError unless the tensors of `attention_decoder` fit the input, h0 and the memory."""
     name = "attention_decoder"
     input, h0, c0, context0, keys, values, weight_ih, weight_hh, *others = tensors
-    bias_ih, bias_hh, query_weight, score_weight, positions, output_weight = others
+    bias_ih, bias_hh, query_weight, score_weight, positions, output_weight, *covered = others
+    coverage, coverage_weight = covered
     assert input is not None and h0 is not None and context0 is not None and values is not None
     if (keys is None) == (positions is None):
         raise RuntimeError(f"{name}: either keys or positions must be given, and not both")
@@ -230,6 +231,10 @@ def decoder(tensors: Sequence[State], gates: int) -> None:
         raise RuntimeError(f"{name}: bias_ih and bias_hh are given together or not at all")
     if positions is not None and (query_weight is None or score_weight is not None):
         raise RuntimeError(f"{name}: positions go with query_weight and without score_weight")
+    if (coverage is None) != (coverage_weight is None):
+        raise RuntimeError(f"{name}: coverage and coverage_weight are given together or not at all")
+    if coverage is not None and score_weight is None:
+        raise RuntimeError(f"{name}: coverage is for additive scores, which have a score_weight")
     if positions is not None and output_weight is not None:
         raise RuntimeError(f"{name}: output_weight is for attention by keys, not by positions")
     if positions is not None and count > attended:
@@ -251,6 +256,8 @@ def decoder(tensors: Sequence[State], gates: int) -> None:
         "score_weight": (score_weight, (attended,)),
         "positions": (positions, (batch, steps, attended)),
         "output_weight": (output_weight, (fed, width + hidden)),
+        "coverage": (coverage, (batch, count)),
+        "coverage_weight": (coverage_weight, (attended,)),
     }
     shapes = {what: own for what, own in wanted.items() if own[0] is not None}
     check_shapes(name, "input", input, shapes)

@@ -24,24 +24,28 @@ from encdec_fast.ops.lstm import lstm_cell
 def steps(call: Any, *tensors: Any) -> tuple[Tensor, Tensor, Tensor]:
     """As `reference`, of the ops of a step: each on whatever runs it."""
     input, h, c, fed, keys, values, w_ih, w_hh, b_ih, b_hh, *rest = tensors
-    query_weight, score, positions, output_weight, lengths = rest
+    query_weight, score, positions, output_weight, covered, coverage_weight, lengths = rest
     lengths = None if lengths is None else lengths.to(input.device)
     biases = () if b_ih is None else (b_ih, b_hh)
     outputs, weights, need = [], [], call.need_weights
+    shown = need or covered is not None  # by attention
 
     def attend(h: Tensor) -> list[Tensor]:
         query = (h if query_weight is None else F.linear(h, query_weight)).unsqueeze(1)
         if keys is None:
             scores = positions[:, t : t + 1] + query
-            found = attend_positions(scores, values, lengths, need)
+            found = attend_positions(scores, values, lengths, shown)
         elif score is not None:
-            found = additive_attention(query, keys, values, score, lengths, need)
+            options: dict[str, Any] = {}
+            if covered is not None:
+                options = {"coverage": covered, "coverage_weight": coverage_weight}
+            found = additive_attention(query, keys, values, score, lengths, shown, **options)
         else:
             heads = [tensor.unsqueeze(1) for tensor in (query, keys, values)]
-            options: dict[str, Any] = {"memory_lengths": lengths, "need_weights": need}
+            options = {"memory_lengths": lengths, "need_weights": shown}
             found = attention(*heads, scale=call.scale, **options)
-            found = tuple(part[:, 0] for part in found) if need else found[:, 0]
-        return [part[:, 0] for part in (found if need else (found,))]
+            found = tuple(part[:, 0] for part in found) if shown else found[:, 0]
+        return [part[:, 0] for part in (found if shown else (found,))]
 
     for t in range(input.shape[1]):
         if keys is None:
@@ -56,11 +60,13 @@ def steps(call: Any, *tensors: Any) -> tuple[Tensor, Tensor, Tensor]:
         if output_weight is not None:
             fed = torch.tanh(F.linear(torch.cat([fed, h], dim=1), output_weight))
         outputs.append(torch.cat([h, fed], dim=1))
+        if covered is not None:
+            covered = covered + weight[0].to(h.dtype)
         if need:
             weights.append(weight[0].to(h.dtype))
     c_n = h.new_empty(h.shape[0], 0) if c is None else c
-    shown = torch.stack(weights, dim=1) if need else h.new_empty(0)
-    return torch.stack(outputs, dim=1), c_n, shown
+    seen = torch.stack(weights, dim=1) if need else h.new_empty(0)
+    return torch.stack(outputs, dim=1), c_n, seen
 
 
 @cache
@@ -97,13 +103,13 @@ def backward(
     call: Any, grads: Sequence[State], tensors: Sequence[Any], kept: Sequence[Tensor]
 ) -> list[State]:
     """By autograd, through the steps once more: nothing of theirs was kept."""
-    lengths = tensors[14]
+    lengths = tensors[16]
 
     def results(*own: Any) -> tuple[Tensor, ...]:
         return steps(call, *own, lengths)
 
     with use_backend(None):  # a cell that trains is torch's, whatever is asked for
-        return recompute(results, grads, tensors[:14])
+        return recompute(results, grads, tensors[:16])
 
 
 def unfit(call: Any) -> list[str]:

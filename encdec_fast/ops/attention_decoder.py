@@ -10,6 +10,8 @@ From the state (h, c) and the context f of the step before, for each step t:
     f_t = sum over s of w_ts value_s
     f_t = tanh(W_o [sum over s of w_ts value_s; h_t])          with W_o (Luong's attentional vector)
 
+With coverage, key_s of step t is key_s + c_ts u; c_t is c_0 and the sum of the weights before t.
+
 Location attention comes before the step: with p_t made of x_t by the caller,
 
     e_t = p_t + W_q h_{t-1}            (L)        w_t: softmax over all L positions, or with
@@ -28,18 +30,19 @@ Location attention comes before the step: with p_t made of x_t by the caller,
     score_weight    (A)               v
     positions       (B, T, L)         p, of location; S is at most L
     output_weight   (F, M + H)        W_o; absent: F = M
+    coverage        (B, S)            c_0, with score_weight only
+    coverage_weight (A)               u
     memory_lengths  int64 (B), each from 0 to S, on the CPU or the memory's device; absent: S
     output          (B, T, H + F)     h_t and f_t side by side, as the next projection reads them
     c_n             (B, H)            of the last step; (B, 0) for a GRU
     weights         (B, T, S)         zero past a sentence's end
 
-A sentence of length zero has zeros for weights and contexts. Coverage is not here: it changes the
-keys from step to step. All floating tensors have one dtype and device. Nothing of size (B, T, S, A)
-is stored.
+A sentence of length zero has zeros for weights and contexts. All floating tensors have one dtype
+and device. Nothing of size (B, T, S, A) is stored.
 
 Luong, Pham and Manning, Effective Approaches to Attention-based Neural Machine Translation, 2015
 (arXiv:1508.04025), section 3.3, with the context itself fed; Bahdanau et al., 2015
-(arXiv:1409.0473).
+(arXiv:1409.0473); coverage: Tu et al., 2016 (arXiv:1601.04811).
 """
 
 from __future__ import annotations
@@ -111,6 +114,8 @@ def reference(
     score_weight: State = None,
     positions: State = None,
     output_weight: State = None,
+    coverage: State = None,
+    coverage_weight: State = None,
     memory_lengths: State = None,
     *,
     cell: str = "lstm",
@@ -121,6 +126,7 @@ def reference(
     step = lstm_step if cell == "lstm" else gru_step
     own = [w for w in (weight_ih, weight_hh, bias_ih, bias_hh) if w is not None]
     outputs, weights = [], []
+    covered = coverage
 
     def attend(h: Tensor) -> tuple[Tensor, Tensor]:
         query = (h if query_weight is None else h @ query_weight.t()).unsqueeze(1)
@@ -128,7 +134,8 @@ def reference(
             return by_scores(positions[:, t : t + 1] + query, values, memory_lengths)
         assert keys is not None
         if score_weight is not None:
-            return additive_reference(query, keys, values, score_weight, memory_lengths)
+            more = (memory_lengths, covered, coverage_weight)
+            return additive_reference(query, keys, values, score_weight, *more)
         q, k, v = (tensor.unsqueeze(1) for tensor in (query, keys, values))
         found, weight = dot_reference(q, k, v, memory_lengths, scale=scale)
         return found[:, 0], weight[:, 0]
@@ -145,6 +152,7 @@ def reference(
                 fed = torch.tanh(torch.cat([fed, h], dim=1) @ output_weight.t())
         outputs.append(torch.cat([h, fed], dim=1))
         weights.append(weight[:, 0])
+        covered = None if covered is None else covered + weight[:, 0]
     c_n = h.new_empty(h.shape[0], 0) if c is None else c
     if not outputs:
         shape = input.shape[0], 0
@@ -163,7 +171,7 @@ def _reference(call: DecoderCall, *tensors: Any) -> tuple[Tensor, ...]:
 
 def _fake(call: DecoderCall, *tensors: Any) -> tuple[Tensor, ...]:
     input, h0, _, context0, keys, values = tensors[:6]
-    positions, output_weight = tensors[12:14]
+    positions, output_weight, coverage = tensors[12:15]
     (B, T), (H, F) = input.shape[:2], (h0.shape[1], context0.shape[1])
     S, M = values.shape[1:]
     scored = S if positions is None else positions.shape[2]
@@ -181,6 +189,7 @@ def _fake(call: DecoderCall, *tensors: Any) -> tuple[Tensor, ...]:
         input.new_empty((T, B, 4 * H)),
         input.new_empty((B, T, scored if keys is None else keys.shape[2])),
         input.new_empty((B, 0 if output_weight is None else T, M)),
+        input.new_empty((B, 0 if coverage is None else T, S), dtype=torch.float32),
     )
     return *results, *saved
 
@@ -189,11 +198,13 @@ OP = TensorOp(
     "attention_decoder",
     tensors="Tensor input, Tensor h0, Tensor? c0, Tensor context0, Tensor? keys, Tensor values, "
     "Tensor weight_ih, Tensor weight_hh, Tensor? bias_ih, Tensor? bias_hh, Tensor? query_weight, "
-    "Tensor? score_weight, Tensor? positions, Tensor? output_weight, Tensor? memory_lengths",
-    differentiable=14,
+    "Tensor? score_weight, Tensor? positions, Tensor? output_weight, Tensor? coverage, "
+    "Tensor? coverage_weight, Tensor? memory_lengths",
+    differentiable=16,
     flags="str cell, float scale, bool need_weights",
     results="Tensor output, Tensor c_n, Tensor weights",
-    saved="Tensor probabilities, Tensor cells, Tensor gates, Tensor queries, Tensor contexts",
+    saved="Tensor probabilities, Tensor cells, Tensor gates, Tensor queries, Tensor contexts, "
+    "Tensor coverages",
     make_call=_call,
     reference=_reference,
     fake=_fake,
@@ -226,9 +237,9 @@ def _cpu_backward(
     call: DecoderCall, grads: Sequence[State], tensors: Sequence[Any], kept: Sequence[Tensor]
 ) -> list[State]:
     grad_output, grad_c_n, grad_weights = grads
-    output, probabilities, cells, gates, queries, contexts = kept[0], *kept[3:8]
+    output, probabilities, cells, gates, queries, contexts, coverages = kept[0], *kept[3:9]
     given = _kernel_inputs(call, tensors)
-    keys, values, score_weight, positions, lengths = *given[5:7], *given[12:14], given[15]
+    keys, values, score_weight, positions, lengths = *given[5:7], *given[12:14], given[17]
     if grad_weights is not None:
         grad_weights = grad_weights.float().contiguous() if call.need_weights else None
     if grad_weights is not None and positions is not None:
@@ -240,14 +251,17 @@ def _cpu_backward(
         grad_weights,
     ]
     run = torch.ops.encdec_fast_cpu.attention_decoder_backward.default
-    found = run(*outer, *given, output, probabilities, cells, gates, queries, contexts)
+    found = run(*outer, *given, output, probabilities, cells, gates, queries, contexts, coverages)
     *of_input, of_x, of_fed, of_state_weight, of_b_ih, of_b_hh, of_query = found[:10]
-    grad_context, of_positions, *of_output = found[10:]
+    grad_context, of_positions, *of_output = found[10:14]
     grad_keys: State = None
     grad_v: State = None
-    if positions is not None:
+    of_coverage: list[State] = [None, None]
+    if positions is not None or len(found) > 14:
         real = probabilities[..., : values.shape[1]].to(call.dtype)
         grad_values = real.transpose(1, 2) @ grad_context
+        if positions is None:
+            grad_keys, grad_v, *of_coverage = found[14:]
     elif score_weight is not None:
         _, grad_keys, grad_values, grad_v = torch.ops.encdec_fast_cpu.additive_backward(
             *(queries, keys, values, score_weight, None, None, lengths),
@@ -262,7 +276,7 @@ def _cpu_backward(
         )
         grad_keys, grad_values = grad_keys[:, 0], grad_values[:, 0]
     of_weights = [torch.cat([of_x, of_fed], dim=1), of_state_weight, of_b_ih, of_b_hh]
-    of_attention = [of_query, grad_v, of_positions, torch.cat(of_output, dim=1)]
+    of_attention = [of_query, grad_v, of_positions, torch.cat(of_output, dim=1), *of_coverage]
     return [*of_input, grad_keys, grad_values, *of_weights, *of_attention]
 
 
@@ -307,6 +321,8 @@ def _prepare(
     score_weight: State = None,
     positions: State = None,
     output_weight: State = None,
+    coverage: State = None,
+    coverage_weight: State = None,
     memory_lengths: Tensor | Sequence[int] | None = None,
     *,
     cell: str = "lstm",
@@ -318,6 +334,7 @@ def _prepare(
         raise ValueError(f"attention_decoder: cell must be 'lstm' or 'gru', but it is {cell!r}")
     own: list[State] = [input, h0, c0, context0, keys, values, weight_ih, weight_hh]
     own += [bias_ih, bias_hh, query_weight, score_weight, positions, output_weight]
+    own += [coverage, coverage_weight]
     if autocasting(device_type(input)) and input.dtype != torch.float64:
         dtype = torch.get_autocast_dtype(device_type(input))
         own = [None if t is None else t.to(dtype) for t in own]
@@ -360,6 +377,8 @@ def attention_decoder(
     score_weight: Tensor | None = None,
     positions: Tensor | None = None,
     output_weight: Tensor | None = None,
+    coverage: Tensor | None = None,
+    coverage_weight: Tensor | None = None,
     memory_lengths: Tensor | Sequence[int] | None = None,
     *,
     cell: str = "lstm",
@@ -389,6 +408,8 @@ def attention_decoder(
         score_weight,
         positions,
         output_weight,
+        coverage,
+        coverage_weight,
         memory_lengths,
         cell=cell,
         scale=scale,

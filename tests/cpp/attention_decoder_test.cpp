@@ -21,11 +21,11 @@ using Numbers = std::vector<float>;
 double sigmoid(double x) { return 1.0 / (1.0 + std::exp(-x)); }
 
 // A decoder's sizes, tensors and gradients of its results. LSTM: 4 gates, GRU: 3. Of location A
-// positions have scores, at least S. output: with W_o; else F = M.
+// positions have scores, at least S. output: with W_o; else F = M. cover: with coverage.
 struct Decoder {
   rnn::Cell cell;
   Score score;
-  bool output;
+  bool output, cover;
   int64_t B, T, S, I, H, A, M;
   int64_t gates = rnn::gate_count(cell), F = output ? M + 3 : M;
   int64_t W = score == Score::kLocation ? A : S;  // numbers in a row of weights
@@ -34,12 +34,23 @@ struct Decoder {
           values = random_floats(B * S * M), w_ih = random_floats(gates * H * (I + F), 0.5f),
           w_hh = random_floats(gates * H * H, 0.5f), b_ih = random_floats(gates * H),
           b_hh = random_floats(gates * H), w_q = random_floats(A * H, 0.5f), v = random_floats(A),
-          positions = random_floats(B * T * A), w_o = random_floats(F * (M + H), 0.5f),
+          positions = random_floats(B * T * A), coverage = random_floats(B * S),
+          u = random_floats(A), w_o = random_floats(F * (M + H), 0.5f),
           grad = random_floats(B * T * (H + F)), grad_w = random_floats(B * T * W);
   std::vector<int64_t> lengths;
-  Decoder(rnn::Cell cell, Score score, bool output, int64_t B, int64_t T, int64_t S, int64_t I,
-          int64_t H, int64_t A, int64_t M)
-      : cell(cell), score(score), output(output), B(B), T(T), S(S), I(I), H(H), A(A), M(M) {
+  Decoder(rnn::Cell cell, Score score, bool output, bool cover, int64_t B, int64_t T, int64_t S,
+          int64_t I, int64_t H, int64_t A, int64_t M)
+      : cell(cell),
+        score(score),
+        output(output),
+        cover(cover),
+        B(B),
+        T(T),
+        S(S),
+        I(I),
+        H(H),
+        A(A),
+        M(M) {
     for (int64_t b = 0; b < B; ++b) lengths.push_back(b % 3 == 1 ? S / 2 : b % 3 == 2 ? 0 : S);
   }
 
@@ -51,7 +62,8 @@ struct Decoder {
     };
     double total = 0.0;
     for (int64_t b = 0; b < B; ++b) {
-      std::vector<double> h, c, f;
+      std::vector<double> h, c, f, sums;
+      for (int64_t s = 0; s < S; ++s) sums.push_back(value(coverage, b * S + s));
       for (int64_t i = 0; i < H; ++i) h.push_back(value(h0, b * H + i));
       for (int64_t i = 0; i < H; ++i) c.push_back(value(c0, b * H + i));
       for (int64_t i = 0; i < F; ++i) f.push_back(value(f0, b * F + i));
@@ -68,7 +80,9 @@ struct Decoder {
         for (int64_t s = 0; s < n; ++s) {
           double sum = 0.0;
           for (int64_t a = 0; score != Score::kLocation && a < A; ++a) {
-            const double k = value(keys, (b * S + s) * A + a), own = q[static_cast<size_t>(a)];
+            const double own = q[static_cast<size_t>(a)];
+            double k = value(keys, (b * S + s) * A + a);
+            if (cover) k += sums[static_cast<size_t>(s)] * value(u, a);
             sum += score == Score::kAdditive ? value(v, a) * std::tanh(own + k) : 0.4 * own * k;
           }
           if (score == Score::kLocation) {
@@ -80,6 +94,7 @@ struct Decoder {
         for (double& p : e) norm += p = std::exp(p - top);
         for (int64_t s = 0; s < n; ++s) {
           const double p = e[static_cast<size_t>(s)] / norm;
+          sums[static_cast<size_t>(s)] += p;
           total += p * double(grad_w[static_cast<size_t>(row * W + s)]);
           for (int64_t i = 0; i < M; ++i)
             context[static_cast<size_t>(i)] += p * value(values, (b * S + s) * M + i);
@@ -143,7 +158,7 @@ void test(Isa isa, Decoder d, int threads) {
   Numbers out = room(d.B * d.T * P), h_n = room(d.B * d.H), c_n = room(d.B * d.H),
           cells = room(d.B * d.T * d.H), gates = room(d.B * d.T * 4 * d.H),
           queries = room(d.B * d.T * d.A), weights = room(d.B * d.T * d.W),
-          contexts = room(d.B * d.T * d.M);
+          contexts = room(d.B * d.T * d.M), coverages = room(d.B * d.T * d.S);
   const auto steps = [&](Numbers& t, int64_t size) {
     return rnn::StepTensor{chars(t), size * 4, d.T * size * 4};
   };
@@ -177,6 +192,11 @@ void test(Isa isa, Decoder d, int threads) {
   if (!located) f.memory.keys = {chars(d.keys), d.S * d.A * 4, d.A * 4};
   if (d.output) f.memory.output_weight = chars(d.w_o);
   f.memory.output_stride = d.M + d.H;
+  if (d.cover) {
+    f.memory.coverage = chars(d.coverage);
+    f.memory.coverage_weight = chars(d.u);
+    f.coverages = coverages.data();
+  }
   f.memory.values = {chars(d.values), d.S * d.M * 4, d.M * 4};
   f.memory.lengths = d.lengths.data();
   rnn::Direction& dir = f.rnn.direction[0];
@@ -207,7 +227,8 @@ void test(Isa isa, Decoder d, int threads) {
   Numbers gx = d.x, gh0 = d.h0, gc0 = d.c0, gf0 = d.f0, g_ih = room(d.gates * d.H * d.I),
           g_hh = d.w_hh, g_feed = room(d.gates * d.H * d.F), gb_ih = d.b_ih, gb_hh = d.b_hh,
           g_q = d.w_q, g_context = room(d.B * d.T * d.M), g_p = room(d.B * d.T * d.A),
-          g_oc = room(d.F * d.M), g_oh = room(d.F * d.H);
+          g_oc = room(d.F * d.M), g_oh = room(d.F * d.H), g_k = d.keys, g_v = d.v,
+          g_coverage = d.coverage, g_u = d.u;
   Backward b{};
   b.rnn.shape = f.rnn.shape;
   b.rnn.sequences = f.rnn.sequences;
@@ -222,6 +243,11 @@ void test(Isa isa, Decoder d, int threads) {
   b.queries = chars(queries);
   b.contexts = chars(contexts);
   b.grad_positions = chars(g_p);
+  b.coverages = coverages.data();
+  b.grad_keys = chars(g_k);
+  b.grad_score_weight = chars(g_v);
+  b.grad_coverage = chars(g_coverage);
+  b.grad_coverage_weight = chars(g_u);
   b.grad_output_context = chars(g_oc);
   b.grad_output_state = chars(g_oh);
   b.grad_weights = d.grad_w.data();
@@ -261,6 +287,12 @@ void test(Isa isa, Decoder d, int threads) {
   if (lstm) compare(d.c0, gc0);
   compare(d.f0, gf0);
   if (located) compare(d.positions, g_p);
+  if (d.cover) {
+    compare(d.keys, g_k);
+    compare(d.v, g_v);
+    compare(d.coverage, g_coverage);
+    compare(d.u, g_u);
+  }
   compare(d.w_hh, g_hh);
   compare(d.b_ih, gb_ih);
   compare(d.b_hh, gb_hh);
@@ -284,12 +316,14 @@ void run_tests() {
     if (!use_isa(isa)) continue;
     for (const rnn::Cell cell : {rnn::Cell::kLstm, rnn::Cell::kGru}) {
       for (const Score score : {Score::kDot, Score::kAdditive, Score::kLocation}) {
-        for (const bool output : {false, true}) {
+        for (int kind = 0; kind < 4; ++kind) {
+          const bool output = kind % 2 == 1, cover = kind / 2 == 1;
           if (output && score == Score::kLocation) continue;
+          if (cover && score != Score::kAdditive) continue;
           for (const int threads : {1, 3}) {
-            test(isa, Decoder(cell, score, output, 1, 1, 1, 1, 1, 1, 1), threads);
-            test(isa, Decoder(cell, score, output, 4, 3, 7, 5, 19, 11, 13), threads);
-            test(isa, Decoder(cell, score, output, 3, 2, 18, 16, 33, 40, 34), threads);
+            test(isa, Decoder(cell, score, output, cover, 1, 1, 1, 1, 1, 1, 1), threads);
+            test(isa, Decoder(cell, score, output, cover, 4, 3, 7, 5, 19, 11, 13), threads);
+            test(isa, Decoder(cell, score, output, cover, 3, 2, 18, 16, 33, 40, 34), threads);
           }
         }
       }
