@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -250,3 +250,16 @@ def assert_as_good(
         # A limit that is infinite would let anything pass.
         assert math.isfinite(torchs) and math.isfinite(scale), f"result {index}: {torchs}, {scale}"
         assert ours <= factor * torchs + floor, f"result {index}: {ours:.3g}, torch {torchs:.3g}"
+
+
+def assert_same_gradients(found: Any, expected: Any, module: Any, inputs: Sequence[Tensor]) -> None:
+    """Two results of a module: the gradients of its parameters and of the inputs that need some."""
+    leaves = [t for t in (*module.parameters(), *inputs) if t.requires_grad]
+    results = [[r] if isinstance(r, Tensor) else list(r) for r in (found, expected)]
+    seeds = [torch.randn_like(r) for r in results[0]]
+    ours, theirs = (torch.autograd.grad(r, leaves, seeds, allow_unused=True) for r in results)
+    assert any(grad is not None and grad.abs().sum() > 0 for grad in ours)
+    for a, b in zip(ours, theirs, strict=True):
+        assert (a is None) == (b is None)
+        if a is not None:
+            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)

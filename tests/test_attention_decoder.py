@@ -329,6 +329,16 @@ def test_explain(native: None) -> None:
     assert explain(attention_decoder, **half).backend == "reference"
 
 
+@ALL_KINDS
+def test_autocast(kind: str) -> None:
+    given = make(SHAPES["odd"], "lstm", kind, torch.float32)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = attention_decoder(**given)
+        assert attention_decoder(**copy(given, torch.float64))[0].dtype == torch.float64
+    rounded = attention_decoder(**copy(given, torch.bfloat16))
+    assert found[0].dtype == torch.bfloat16 and torch.equal(found[0], rounded[0])
+
+
 BAD: dict[str, dict[str, Any]] = {
     "rank": {"input": torch.randn(2, 5)},
     "batch": {"h0": torch.randn(3, 6)},

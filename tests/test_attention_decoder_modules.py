@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from helpers import assert_same_gradients
 from test_attention_decoder import CELLS
 from torch import nn
 
@@ -277,11 +278,17 @@ def test_module_state_and_errors() -> None:
 
 @pytest.mark.parametrize("grad", [False, True])
 def test_module_compiles(grad: bool) -> None:
-    decoder = encdec_fast.nn.AttentionDecoder(4, 6, 5, attention_of("additive"))
-    x, memory = torch.randn(2, 3, 4), torch.randn(2, 7, 5)
-    compiled = torch.compile(decoder, fullgraph=True, backend="aot_eager")
-    with torch.set_grad_enabled(grad):
-        torch.testing.assert_close(compiled(x, memory), decoder(x, memory))
+    for kind in (*KINDS, "coverage"):
+        M = 6 if kind == "dot" else 5
+        decoder = encdec_fast.nn.AttentionDecoder(4, 6, M, attention_of(kind, 6, M))
+        x, memory = torch.randn(2, 3, 4, requires_grad=grad), torch.randn(2, 7, M)
+        torch._dynamo.reset()
+        compiled = torch.compile(decoder, fullgraph=True, backend="aot_eager")
+        with torch.set_grad_enabled(grad):
+            found, expected = compiled(x, memory), decoder(x, memory)
+        torch.testing.assert_close(found, expected)
+        if grad:
+            assert_same_gradients(found[0], expected[0], decoder, [x])
 
 
 def test_module_exports_with_dynamic_sizes() -> None:

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import assert_as_good, error, poison, two_threads
+from helpers import assert_as_good, assert_same_gradients, error, poison, two_threads
 from torch import Tensor, nn
 from torch.library import opcheck
 from torch.nn.utils import prune
@@ -280,11 +280,13 @@ def test_gradients_of_rows() -> None:
 @pytest.mark.parametrize("grad", [False, True])
 def test_compile(grad: bool) -> None:
     module = nn.Sequential(encdec_fast.nn.Linear(5, 7), nn.ReLU(), encdec_fast.nn.Linear(7, 3))
-    x = torch.randn(4, 5)
+    x = torch.randn(4, 5, requires_grad=grad)
     with torch.set_grad_enabled(grad):
         expected = module(x)
         found = torch.compile(module, fullgraph=True, backend="aot_eager")(x)
     torch.testing.assert_close(found, expected)
+    if grad:
+        assert_same_gradients(found, expected, module, [x])
 
 
 def test_export_with_dynamic_rows() -> None:

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from helpers import assert_same_gradients
 from test_multihead_attention import (
     HEADS,
     INPUTS,
@@ -116,7 +117,10 @@ def test_compile(grad: bool, form: str) -> None:
     masks = make_masks(MASKS["both"], *sizes(ours, inputs))
     with torch.set_grad_enabled(grad):
         compiled = torch.compile(ours, fullgraph=True, backend="aot_eager")
-        torch.testing.assert_close(compiled(*inputs, **masks), ours(*inputs, **masks))
+        found, expected = compiled(*inputs, **masks), ours(*inputs, **masks)
+    torch.testing.assert_close(found, expected)
+    if grad:
+        assert_same_gradients(found[0], expected[0], ours, inputs)
 
 
 def test_export_with_dynamic_sizes() -> None:

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from helpers import assert_same_gradients
 from test_transformer import ALL_KINDS, HEADS, INNER, B, E, S, T, arguments, at_real, build, trio
 from torch import Tensor, nn
 
@@ -236,6 +237,8 @@ def test_compile(kind: str, grad: bool) -> None:
             found, expected = (module(*inputs, **extra) for module in (compiled, ours))
             rows = [at_real(kind, FIRST, x, extra) for x in (found, expected)]
             torch.testing.assert_close(*rows, rtol=1e-4, atol=1e-5)
+            if grad:
+                assert_same_gradients(*rows, ours, inputs)
 
 
 def test_packs_are_kept(native: None) -> None:

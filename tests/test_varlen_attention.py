@@ -124,3 +124,11 @@ def test_gradcheck(causal: bool) -> None:
 
     assert torch.autograd.gradcheck(function, leaves)
     assert torch.autograd.gradgradcheck(function, leaves)
+
+
+def test_autocast() -> None:
+    given = make(CASES["self"], torch.float32)
+    rounded = [t.bfloat16() if t.is_floating_point() else t for t in given]
+    with torch.autocast("cpu", torch.bfloat16):
+        found = varlen_attention(*given)
+    assert found.dtype == torch.bfloat16 and torch.equal(found, varlen_attention(*rounded))

@@ -113,7 +113,7 @@ struct Layer {
     Lines workspace(k.forward_workspace(f));
     f.workspace = workspace.data;
     k.forward(f);
-    if (packs) std::memcpy(gates.data(), lines.data, gates.size() * 4);
+    if (packs && !gates.empty()) std::memcpy(gates.data(), lines.data, gates.size() * 4);
   }
 
   static double sigmoid(double v) { return 1 / (1 + std::exp(-v)); }
