@@ -26,7 +26,7 @@ from test_multihead_attention import (
 from torch import nn
 
 import encdec_fast
-from encdec_fast import explain, use_backend
+from encdec_fast import BackendRefused, explain, use_backend
 
 FALLBACKS: dict[str, tuple[dict[str, Any], str]] = {
     "add_bias_kv": ({"add_bias_kv": True}, "add_bias_kv"),
@@ -83,8 +83,25 @@ def test_explain(native: None) -> None:
         assert explain(ours, *inputs).backend == "cpu"
         assert "multihead_attention" in str(explain(ours, *inputs))
     explained = explain(ours, *inputs)
-    assert explained.backend == "torch"
+    assert explained.backend == "parts"  # linear is torch's, attention is not
     assert "linear: a gradient is needed" in explained.reasons["cpu"][0]
+
+
+@pytest.mark.parametrize("name", [None, "cpu", "torch", "reference", "triton"])
+@pytest.mark.parametrize("weights", [False, True])
+def test_explain_agrees_with_what_runs(name: str | None, weights: bool, native: None) -> None:
+    """A module is refused where one of its parts is, and `explain` says so before."""
+    _, _, ours = trio({})
+    inputs = make_inputs(ours, "cross")
+    with torch.no_grad(), use_backend(name):
+        explained = explain(ours, *inputs, need_weights=weights)
+        refused = name == "triton" or (name == "torch" and weights)
+        assert explained.backend == (None if refused else name or "cpu")
+        if refused:
+            with pytest.raises(BackendRefused):
+                ours(*inputs, need_weights=weights)
+        else:
+            ours(*inputs, need_weights=weights)
 
 
 def test_drop_in() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple, NoReturn
 
 import torch
@@ -337,17 +338,25 @@ class ModuleCall(NamedTuple):
     parts: tuple[tuple[str, tuple[Backend, ...], Any], ...]
 
 
-def _cpu_why_not(call: ModuleCall) -> list[str]:
+def _parts_why_not(backend: str, call: ModuleCall) -> list[str]:
     found = list(call.reasons)
     for name, backends, part in call.parts:
-        reasons = next((b.why_not(part) for b in backends if b.name == "cpu"), ["it does not fit"])
-        found += [f"{name}: {reason}" for reason in reasons]
+        own = (b.why_not(part) for b in backends if b.name == backend)
+        found += [f"{name}: {reason}" for reason in next(own, [f"it has no backend '{backend}'"])]
     return found
 
 
+def _torch_why_not(call: ModuleCall) -> list[str]:
+    return [] if call.reasons else _parts_why_not("torch", call)
+
+
+# "parts": no one backend runs all of them, and each is run by the first that accepts it.
 BACKENDS = (
-    Backend("cpu", not_here, _cpu_why_not),
-    Backend("torch", not_here, lambda call: []),
+    Backend("triton", not_here, partial(_parts_why_not, "triton")),
+    Backend("cpu", not_here, partial(_parts_why_not, "cpu")),
+    Backend("torch", not_here, _torch_why_not),
+    Backend("parts", not_here, lambda call: list(call.reasons)),
+    Backend("reference", not_here, lambda call: list(call.reasons)),
 )
 
 

@@ -3,7 +3,6 @@
 // that a call has, and results are held to sums in double.
 #include <algorithm>
 #include <cmath>
-#include <cstring>
 #include <vector>
 
 #include "attention/attention.h"
@@ -21,36 +20,13 @@ class Numbers {
  public:
   Numbers(Format format, int64_t count)
       : format_(format), bytes_(static_cast<size_t>(count * element_bytes(format))) {
-    for (int64_t i = 0; i < count; ++i) set(i, next());
+    for (int64_t i = 0; i < count; ++i) put_number(format, data() + i * size(), next());
   }
   char* data() { return bytes_.data(); }
   int64_t size() const { return element_bytes(format_); }
-  double at(const char* p) const {
-    if (format_ == Format::kFloat32) return double(as<float>(p));
-    if (format_ == Format::kFloat16) return double(as<_Float16>(p));
-    const uint32_t bits = uint32_t{as<uint16_t>(p)} << 16;
-    return double(as<float>(reinterpret_cast<const char*>(&bits)));
-  }
+  double at(const char* p) const { return double(get_number(format_, p)); }
 
  private:
-  template <class T>
-  static T as(const char* p) {
-    T value;
-    std::memcpy(&value, p, sizeof value);
-    return value;
-  }
-  template <class T>
-  void put(int64_t i, T value) {
-    std::memcpy(bytes_.data() + i * static_cast<int64_t>(sizeof value), &value, sizeof value);
-  }
-  void set(int64_t i, float value) {
-    if (format_ == Format::kFloat32) return put(i, value);
-    if (format_ == Format::kFloat16) return put(i, static_cast<_Float16>(value));
-    uint32_t bits;
-    std::memcpy(&bits, &value, sizeof bits);
-    put(i, static_cast<uint16_t>(bits >> 16));  // cut off: any bfloat16 will do
-  }
-
   Format format_;
   std::vector<char> bytes_;
 };
