@@ -23,6 +23,7 @@ SHAPES = {
     "odd": (3, 4, 7, 5, 19, 11, 13),
     "one sentence": (1, 6, 30, 16, 32, 24, 20),
     "larger": (5, 9, 50, 33, 70, 48, 66),
+    "whole blocks": (5, 4, 9, 20, 64, 32, 32),
     "long": (2, 40, 20, 16, 34, 32, 16),
 }
 CELLS = pytest.mark.parametrize("cell", ["lstm", "gru"])

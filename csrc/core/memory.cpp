@@ -38,8 +38,6 @@ bool AlignedBuffer::grow(int64_t bytes) {
       std::aligned_alloc(static_cast<size_t>(alignment), static_cast<size_t>(size)));
   if (!data_) return false;
   prefer_huge_pages(data_, size);
-  // The heap may give back memory that was written before, in small pages.
-  collapse_to_huge_pages(data_, size);
   bytes_ = bytes;
   return true;
 }
