@@ -299,13 +299,15 @@ def test_padding_is_not_read(kind: str, native: None) -> None:
 
 
 @pytest.mark.parametrize("sizes", [(0, 3, 4), (2, 0, 4), (2, 3, 0)], ids=str)
-@pytest.mark.parametrize("kind", ["additive", "dot"])
+@pytest.mark.parametrize("kind", ["additive", "dot", "coverage", "location"])
 def test_nothing_there(sizes: tuple[int, ...], kind: str) -> None:
     given = make((*sizes, 5, 6, 7, 8), "lstm", kind, torch.float32, grad=True) if sizes[0] else None
     if given is None:
         given = make((1, *sizes[1:], 5, 6, 7, 8), "lstm", kind, torch.float32, grad=True)
-        for name in ("input", "h0", "c0", "context0", "keys", "values"):
-            given[name] = given[name][:0].detach().requires_grad_()
+        for name in ("input", "h0", "c0", "context0", "keys", "values", "positions", "coverage"):
+            if given.get(name) is not None:
+                needed = given[name].requires_grad
+                given[name] = given[name][:0].detach().requires_grad_(needed)
         given["memory_lengths"] = None
     found = []
     for backend in (None, "reference"):
@@ -395,3 +397,24 @@ def test_bad_positions(changed: dict[str, Any]) -> None:
     given = make((2, 3, 4, 5, 6, 7, 8), "lstm", "location", torch.float32)
     with pytest.raises(RuntimeError, match=r"attention_decoder: "):
         attention_decoder(**{**given, **changed})
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("grad", [False, True])
+def test_results_lie_as_their_shapes_say(kind: str, grad: bool, native: None) -> None:
+    """With fewer keys than positions, too: a graph is made for whole tensors."""
+    given = make((2, 3, 4, 5, 16, 9, 7), "lstm", kind, torch.float32, grad=grad)
+    assert all(t.is_contiguous() for t in attention_decoder(**given, need_weights=True))
+
+
+def test_the_raw_op_checks_too(native: None) -> None:
+    """What the public function refuses is not read past its end below it either."""
+    given = make((2, 3, 4, 5, 6, 7, 8), "lstm", "location", torch.float32)
+    names = ("input", "h0", "c0", "context0", "keys", "values", "weight_ih", "weight_hh")
+    names += ("bias_ih", "bias_hh", "query_weight", "score_weight", "positions", "output_weight")
+    names += ("coverage", "coverage_weight", "memory_lengths")
+    given["output_weight"] = torch.randn(8, 14)
+    with pytest.raises(RuntimeError, match="positions go with query_weight alone"):
+        torch.ops.encdec_fast_cpu.attention_decoder_forward(
+            0, *(given.get(name) for name in names), 1.0, False
+        )

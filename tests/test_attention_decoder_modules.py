@@ -301,3 +301,12 @@ def test_module_exports_with_dynamic_sizes() -> None:
         )
         other = (torch.randn(2, 9, 4), torch.randn(2, 5, 5))
         torch.testing.assert_close(program.module()(*other), decoder(*other))
+
+
+def test_explain_of_a_step_with_a_gradient(native: None) -> None:
+    """Its cell is torch's then, and its attention is not."""
+    step = encdec_fast.nn.AttentionDecoder(4, 6, 5, attention_of("general")).cell
+    x, memory = torch.randn(2, 4), torch.randn(2, 7, 5)
+    assert explain(step, x, memory).backend == "parts"
+    with torch.no_grad():
+        assert explain(step, x, memory).backend == "cpu"

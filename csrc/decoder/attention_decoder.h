@@ -36,12 +36,12 @@ struct Memory {
   const char* output_weight = nullptr;  // W_o (F, M + H); null: f is the context, F = M
   int64_t output_stride = 0;            // elements
   // With coverage, key s of step t is k_s + c_ts u, c_t the sum of the weights before t:
-  const char* coverage = nullptr;         // [B][S]: c before the first step; null: there is none
-  const char* coverage_weight = nullptr;  // u [A]
+  const char* coverage = nullptr;         // [B][S]: c before the first step
+  const char* coverage_weight = nullptr;  // u [A]; null: there is no coverage
   const int64_t* lengths = nullptr;       // [B] keys that count, 0 to S; null: all
 
   bool located() const { return score == Score::kLocation; }
-  bool covered() const { return coverage; }
+  bool covered() const { return coverage_weight; }  // an empty memory's coverage may be null
   int64_t keys_of(int64_t b) const { return lengths ? lengths[b] : S; }
   // Numbers in a row of weights, and those that a sentence's softmax goes over: of location without
   // lengths all positions, whether there is a key or not.

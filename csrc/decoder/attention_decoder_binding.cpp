@@ -94,7 +94,7 @@ struct Inputs {
     memory.values = rows(values);
     if (positions) {
       check(*positions, {B, T, A}, dtype, true, "positions");
-      STD_TORCH_CHECK(query_weight && !score_weight && S <= A,
+      STD_TORCH_CHECK(query_weight && !score_weight && !output_weight && S <= A,
                       "positions go with query_weight alone, and there are as many as keys");
       memory.score = Score::kLocation;
       memory.positions = rows(*positions);

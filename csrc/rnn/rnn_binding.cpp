@@ -269,7 +269,8 @@ std::vector<Tensor> rnn_forward(int64_t cell_number, Tensor input, std::vector<T
   f.beside_rows = plan.beside_rows;
   // Where all rows' input products are made at once, weights are packed by who needs them.
   const bool whole = rows <= plan.chunk_rows && rows * f.shape.I * bytes <= kStagedInput;
-  const bool pack_there = pack_here && whole && !plan.apart && plan.beside_rows == 0;
+  const bool alike = format_of(weights[0]) == f.dtype;  // its members read weights as they do rows
+  const bool pack_there = pack_here && whole && alike && !plan.apart && plan.beside_rows == 0;
   Weights own[2];
   for (int64_t d = 0; pack_here && d < D; ++d) {
     own[d] = weights_of(weights.data() + static_cast<size_t>(d) * count, count);

@@ -346,16 +346,23 @@ def _parts_why_not(backend: str, call: ModuleCall) -> list[str]:
     return found
 
 
+def _one_why_not(call: ModuleCall) -> list[str]:
+    if call.reasons:
+        return list(call.reasons)
+    first = {next((b.name for b in own if not b.why_not(part)), "") for _, own, part in call.parts}
+    return ["one backend runs all parts"] if len(first) < 2 else []
+
+
 def _torch_why_not(call: ModuleCall) -> list[str]:
     return [] if call.reasons else _parts_why_not("torch", call)
 
 
-# "parts": no one backend runs all of them, and each is run by the first that accepts it.
+# "parts": each part is run by the first that accepts it, and these are several.
 BACKENDS = (
+    Backend("parts", not_here, _one_why_not),
     Backend("triton", not_here, partial(_parts_why_not, "triton")),
     Backend("cpu", not_here, partial(_parts_why_not, "cpu")),
     Backend("torch", not_here, _torch_why_not),
-    Backend("parts", not_here, lambda call: list(call.reasons)),
     Backend("reference", not_here, lambda call: list(call.reasons)),
 )
 

@@ -337,10 +337,12 @@ class AttentionDecoder(nn.Module):
         h, c = state[0], state[1] if self.cell.kind == "lstm" else None
         biases = (cell.bias_ih, cell.bias_hh) if cell.bias else (None, None)
         weights = (cell.weight_ih, cell.weight_hh, *biases, query_weight, score_weight)
-        coverage = (*covered, attention.coverage_proj.weight[:, 0]) if covered else (None, None)
-        more = (positions, output_weight, *coverage, memory_lengths)
-        tensors = (input, h, c, state[-1], keys, memory, *weights, *more)
-        return tensors, {"cell": self.cell.kind}
+        tensors = (input, h, c, state[-1], keys, memory, *weights, memory_lengths)
+        options = {"positions": positions, "output_weight": output_weight, "cell": self.cell.kind}
+        if covered:
+            options["coverage"] = covered[0]
+            options["coverage_weight"] = attention.coverage_proj.weight[:, 0]
+        return tensors, options
 
     def _steps(
         self,

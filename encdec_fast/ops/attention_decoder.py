@@ -227,7 +227,8 @@ def _cpu(call: DecoderCall, *tensors: Any) -> tuple[Tensor, ...]:
     output, _, c_n, weights, *saved = run(*_kernel_inputs(call, tensors), call.training)
     shown = output.new_empty(0)
     if call.need_weights:
-        shown = weights[..., : tensors[5].shape[1]].to(call.dtype, copy=call.training)
+        real = weights[..., : tensors[5].shape[1]]
+        shown = real.to(call.dtype, copy=call.training).contiguous()
     if not call.training:
         return output, c_n, shown
     return output, c_n, shown, weights, *saved
@@ -319,12 +320,12 @@ def _prepare(
     bias_hh: State = None,
     query_weight: State = None,
     score_weight: State = None,
+    memory_lengths: Tensor | Sequence[int] | None = None,
+    *,
     positions: State = None,
     output_weight: State = None,
     coverage: State = None,
     coverage_weight: State = None,
-    memory_lengths: Tensor | Sequence[int] | None = None,
-    *,
     cell: str = "lstm",
     scale: float = 1.0,
     need_weights: bool = False,
@@ -375,12 +376,12 @@ def attention_decoder(
     bias_hh: Tensor | None = None,
     query_weight: Tensor | None = None,
     score_weight: Tensor | None = None,
+    memory_lengths: Tensor | Sequence[int] | None = None,
+    *,
     positions: Tensor | None = None,
     output_weight: Tensor | None = None,
     coverage: Tensor | None = None,
     coverage_weight: Tensor | None = None,
-    memory_lengths: Tensor | Sequence[int] | None = None,
-    *,
     cell: str = "lstm",
     scale: float = 1.0,
     need_weights: bool = False,
@@ -406,11 +407,11 @@ def attention_decoder(
         bias_hh,
         query_weight,
         score_weight,
-        positions,
-        output_weight,
-        coverage,
-        coverage_weight,
         memory_lengths,
+        positions=positions,
+        output_weight=output_weight,
+        coverage=coverage,
+        coverage_weight=coverage_weight,
         cell=cell,
         scale=scale,
         need_weights=need_weights,
