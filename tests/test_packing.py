@@ -323,3 +323,15 @@ def test_a_compiled_module_packs_once(compiler: str) -> None:
         again = [entry.blob for entry in _packing._entries.values()]
     assert blobs
     assert all(a is b for a, b in zip(blobs, again, strict=True))
+
+
+def test_weights_of_another_dtype_than_the_rows(native: None) -> None:
+    """Only the raw op takes them in training; they are read as what they are."""
+    module = torch.nn.LSTM(20, 32).bfloat16()
+    weights = [weight.detach() for weight in module.parameters()]
+    x = torch.randn(6, 5, 20)
+    found = torch.ops.encdec_fast_cpu.rnn_forward(
+        0, x, weights, [], None, None, None, None, False, False, True
+    )
+    expected, _ = module.float()(x)
+    torch.testing.assert_close(found[0], expected.detach(), rtol=0, atol=1e-2)
