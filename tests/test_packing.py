@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import gc
+import importlib
 import pickle
 from collections.abc import Callable
 from typing import Any
@@ -309,6 +310,44 @@ def test_a_cell_and_a_network_with_the_same_weights() -> None:
     lstm = encdec_fast.ops.lstm(x, None, lstm_like, bias=False)
     assert gru[0].shape[-1] == 4
     assert lstm[0].shape[-1] == 3
+
+
+# The file of ops that packs the weights, and the module whose weights they are.
+ALWAYS_CHANGING: dict[str, tuple[str, Callable[[], Any]]] = {
+    "lstm": ("_cpu", lambda: encdec_fast.nn.LSTM(I, H, bidirectional=True)),
+    "gru": ("_cpu", lambda: encdec_fast.nn.GRU(I, H)),
+    "linear": ("linear", lambda: encdec_fast.nn.Linear(I, H)),
+    "gated_bridge": ("gated_bridge", lambda: encdec_fast.nn.GatedBridge(I, I)),
+}
+
+
+@pytest.mark.parametrize("name", ALWAYS_CHANGING)
+def test_weights_that_never_stand_still(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whenever they are packed, another thread writes others: copies are what runs."""
+    file, new_module = ALWAYS_CHANGING[name]
+    ops = importlib.import_module(f"encdec_fast.ops.{file}")
+    module = new_module()
+    matrices = [parameter.data for parameter in module.parameters() if parameter.dim() == 2]
+    args = [torch.randn(2, I)] * 2 if name == "gated_bridge" else [torch.randn(2, 3, I)]
+    pack = ops.make_pack
+    packed: list[str] = []
+
+    def make_pack(kind: str, weights: list[Tensor], weight_format: int) -> Tensor:
+        result: Tensor = pack(kind, weights, weight_format)
+        packed.append(kind)
+        for matrix in matrices:
+            matrix.add_(0.125)
+        return result
+
+    monkeypatch.setattr(ops, "make_pack", make_pack)
+    with torch.no_grad():
+        found = module(*args)
+        for matrix in matrices:  # as they were when they were copied
+            matrix.sub_(0.125 * len(packed) / 3)
+        with use_backend("reference"):
+            expected = module(*args)
+    assert len(packed) == (6 if name == "lstm" else 3)  # of both directions; of one
+    torch.testing.assert_close(found, expected, rtol=0.0, atol=1e-5)
 
 
 @pytest.mark.parametrize("compiler", ["aot_eager", "inductor"])

@@ -11,11 +11,10 @@ from torch import Tensor
 from encdec_fast.backends import Backend, library, requested_backend
 from encdec_fast.ops._call import CELLS, GATES, LayerResult, RecurrentCall, State, watched
 from encdec_fast.ops._checks import check_weights
-from encdec_fast.ops._packing import found, kept, with_rows
+from encdec_fast.ops._packing import found, kept, settled, with_rows
 
 # As rnn_pack numbers them: the dtype of a call, or its weight_dtype.
 FORMATS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, "bfloat16": 1, "int8": 3}
-_ATTEMPTS = (False, True, True, True)  # whether weights are packed again
 CONTEXTS = {
     "autocast": "torch.autocast is on",
     "grad": "torch.func transforms it",
@@ -113,15 +112,15 @@ def run(
     lengths = None if lengths is None else lengths.contiguous()
     rest = (*states, lengths, batch_sizes, call.batch_first, cell_states, False)
     input = with_rows(input)
-    for again in _ATTEMPTS:
-        # Nothing comes back where the values are not those that were packed: another thread may be
-        # changing them even now.
-        result = forward(CELLS[kind], input, weights, _pack(call, weights, again), *rest)
-        if result:
-            break
-    else:
-        raise RuntimeError(f"{kind}: the weights change while they are being used")
-    return _results(kind, cell_states, result)
+
+    def result_of(weights: list[Tensor], again: bool) -> list[Tensor]:
+        # Nothing comes back where the values are not those that were packed.
+        result: list[Tensor] = forward(
+            CELLS[kind], input, weights, _pack(call, weights, again), *rest
+        )
+        return result
+
+    return _results(kind, cell_states, settled(weights, result_of))
 
 
 def run_again(

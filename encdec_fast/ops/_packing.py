@@ -102,22 +102,20 @@ def kept(
         return entry.blob
 
 
-def with_pack(
-    kind: str,
-    weights: list[Tensor],
-    weight_format: int,
-    make: Callable[[str, list[Tensor], int], Tensor],
-    run: Callable[[Tensor], list[Tensor]],
+def settled(
+    weights: list[Tensor], run: Callable[[list[Tensor], bool], list[Tensor]]
 ) -> list[Tensor]:
-    """What `run` makes of the packed form of these weights; the others as `kept` takes them.
+    """What `run` makes of weights that another thread may be changing even now.
 
-    run: packed -> results, or none where the weights have other values than those that were packed.
+    run: (weights, whether to pack them again) -> results, or none where the weights have other
+    values than those that were packed. Where they have been changing all along, it is given copies:
+    values from before and after a change side by side, as torch's own kernels would read them.
     """
-    for again in (False, True, True):
-        results = run(kept(kind, weights, weight_format, make, again=again))
-        if results:
-            return results
-    raise RuntimeError(f"{kind}: the weights change while they are being used")
+    return (
+        run(weights, False)
+        or run(weights, True)
+        or run([weight.detach().clone() for weight in weights], False)
+    )
 
 
 def repack(what: torch.nn.Module | Tensor | Iterable[Tensor]) -> None:

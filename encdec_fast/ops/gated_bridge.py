@@ -41,7 +41,7 @@ from encdec_fast.ops._call import (
     weight_dtype_name,
 )
 from encdec_fast.ops._cpu import FORMATS, unfit
-from encdec_fast.ops._packing import with_pack, with_rows
+from encdec_fast.ops._packing import kept, settled, with_rows
 from encdec_fast.ops._tensor_op import TensorOp, reference_backend
 from encdec_fast.ops._torch import round_weights
 
@@ -133,20 +133,18 @@ def _cpu(call: GatedBridgeCall, *tensors: Any) -> tuple[Tensor, ...]:
     state, context, gate_weight, context_weight, gate_bias = tensors
     state, context = state.contiguous(), context.contiguous()
     bias = None if gate_bias is None else gate_bias.contiguous()
-    weights = [gate_weight, context_weight]
     forward = torch.ops.encdec_fast_cpu.bridge_forward.default
+    weight_format = FORMATS[call.weight_dtype or call.dtype]
 
-    def run(packed: Tensor) -> list[Tensor]:
+    def run(weights: list[Tensor], again: bool) -> list[Tensor]:
+        if call.training:  # the weights are about to change: they are packed for this call only
+            packed = make_pack("", [with_rows(weight) for weight in weights], weight_format)
+        else:
+            packed = kept("gated_bridge", weights, weight_format, make_pack, again=again)
         found: list[Tensor] = forward(state, context, *weights, packed, bias, call.training)
         return found
 
-    weight_format = FORMATS[call.weight_dtype or call.dtype]
-    if call.training:  # the weights are about to change: they are packed for this call only
-        results = run(make_pack("", [with_rows(weight) for weight in weights], weight_format))
-        if not results:
-            raise RuntimeError("gated_bridge: the weights change while they are being used")
-        return tuple(results)
-    return tuple(with_pack("gated_bridge", weights, weight_format, make_pack, run))
+    return tuple(settled([gate_weight, context_weight], run))
 
 
 def _cpu_backward(

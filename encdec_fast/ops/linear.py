@@ -45,7 +45,7 @@ from encdec_fast.ops._call import (
     weight_dtype_name,
 )
 from encdec_fast.ops._cpu import FORMATS, unfit
-from encdec_fast.ops._packing import found, kept, with_rows
+from encdec_fast.ops._packing import found, kept, settled, with_rows
 from encdec_fast.ops._torch import round_weights
 
 ACTIVATIONS = ("", "relu", "gelu", "gelu_tanh", "silu")  # as linear_forward numbers them
@@ -229,19 +229,18 @@ def _cpu(
     input = input.contiguous()
     run = torch.ops.encdec_fast_cpu.linear_forward.default
     rows = call.rows
-    kind, make, part = "linear", make_pack, weight
-    if rows is not None:
-        kind, part = f"linear {rows}", _part(weight, rows)
+    kind = "linear" if rows is None else f"linear {rows}"
 
-        def make(kind: str, weights: list[Tensor], weight_format: int) -> Tensor:
-            return make_pack(kind, [_part(weights[0], rows)], weight_format)
+    def make(kind: str, weights: list[Tensor], weight_format: int) -> Tensor:
+        return make_pack(kind, [_part(weights[0], rows)], weight_format)
 
-    for again in (False, True, True):
-        block = kept(kind, [weight], weight_format, make, again=again)
-        result: list[Tensor] = run(input, part, block, *after)
-        if result:  # nothing where the values are not those that were packed
-            return result[0]
-    raise RuntimeError("linear: the weight changes while it is being used")
+    def result_of(weights: list[Tensor], again: bool) -> list[Tensor]:
+        block = kept(kind, weights, weight_format, make, again=again)
+        # Nothing comes back where the values are not those that were packed.
+        result: list[Tensor] = run(input, _part(weights[0], rows), block, *after)
+        return result
+
+    return settled([weight], result_of)[0]
 
 
 def _why_not(call: LinearCall) -> list[str]:
