@@ -37,8 +37,8 @@ CORES = len(os.sched_getaffinity(0))
 TIMEOUT = 100.0  # seconds after which a script counts as hanging
 
 
-def recurrent(cell: str, attention: str | None, layers: int, H: int = 18) -> Any:
-    sizes = {"embedding_size": 7, "hidden_size": H, "encoder_hidden_size": H // 2}
+def recurrent(cell: str, attention: str | None, layers: int, H: int = 18, E: int = 7) -> Any:
+    sizes = {"embedding_size": E, "hidden_size": H, "encoder_hidden_size": H // 2}
     return RecurrentEncoderDecoder(
         SOURCES,
         TARGETS,
@@ -63,6 +63,10 @@ BUILDERS: dict[str, Callable[[], Any]] = {
     for attention in ATTENTIONS
     for layers in (1, 2, 3)
 } | {
+    # An embedding as wide as there are tokens: what each gives to the gates is a table.
+    "lstm-additive-wide": lambda: recurrent("lstm", "additive", 2, E=TARGETS),
+    "gru-location-wide": lambda: recurrent("gru", "location", 1, E=TARGETS),
+    "gru-None-wide": lambda: recurrent("gru", None, 1, E=TARGETS + 1),
     "pre-relu-5": lambda: transformer(4, 5),
     "post-gelu-22": lambda: transformer(2, 22, norm_first=False, activation="gelu"),
     "pre-gelu-16": lambda: transformer(2, 16, activation="gelu", tied_output=True),
@@ -73,6 +77,8 @@ FEW = (
     "gru-dot-1",
     "gru-None-3",
     "lstm-location-1",
+    "lstm-additive-wide",
+    "gru-location-wide",
     "pre-relu-5",
     "post-gelu-22",
 )
@@ -502,6 +508,22 @@ def test_timing_is_of_the_whole_call() -> None:
     single: dict[str, Any] = {}
     generate(model, SENTENCES, config, timing=single, max_batch_tokens=1)
     assert single["rows"] == single["steps"] == whole["rows"]
+
+
+@pytest.mark.parametrize("beams", [1, 3])
+@pytest.mark.parametrize("name", [name for name in BUILDERS if "-" in name and name[0] in "lg"])
+def test_products_with_a_context_by_way_of_the_memory(name: str, beams: int) -> None:
+    """Sentences alone: a short one's memory is less to read than the weights of a context are."""
+    model, config = made(name)
+    timing: dict[str, Any] = {}
+    given = {"num_beams": beams, "max_batch_tokens": 1}
+    found = generate(model, SENTENCES, config, **given, timing=timing)
+    assert tokens_of(found) == tokens_of(assert_agrees(name, given))
+    decoder = model.generation_decoder()
+    readers = min(2, len(decoder.layers)) + 1 if decoder.attends else 1
+    # Of the ten sentences all but the longest, and all where a context is the same at each step.
+    most = readers * len(SENTENCES)
+    assert 0.5 * most < timing["products_by_memory"] <= most
 
 
 def test_interrupt() -> None:

@@ -83,7 +83,8 @@ constexpr int64_t kMostKept = 64;
 // The layer that makes scores. With a shortlist it has the columns of these tokens only, in rising
 // order, and what a row of scores has at other tokens stays.
 struct OutputLayer {
-  Projection projection;
+  Projection projection;            // of the state
+  Projection context;               // of a recurrent decoder's context; N = 0: it is not read
   const int32_t* tokens = nullptr;  // [projection.N]; null: all, in order
 };
 
@@ -136,12 +137,28 @@ struct TransformerStep {
   char* workspace = nullptr;
 };
 
+// Gates: the sum of what three products give.
 struct RecurrentLayer {
   rnn::Cell cell = rnn::Cell::kLstm;
-  Projection input, hidden;
+  Projection input;    // of the token's embedding, or of the state below
+  Projection context;  // N = 0: it is not read
+  Projection hidden;   // of the state before
+  // In place of the input's product, layer 0: [V][gates * H] by token; null: none.
+  const float* token_gates = nullptr;
 };
 
 enum class Attention : int32_t { kNone = 0, kAdditive = 1, kDot = 2, kLocation = 3 };
+
+// A product W c with the context by way of the memory: c is the sum of w(s) m(s), so that W c is
+// the sum of w(s) W m(s). Where a sentence is short, rows of W m(s) are less to read than W, and to
+// sum them less than to multiply. Of each sentence a row for what stands in for the first context,
+// then one for each position.
+struct ContextRows {
+  const float* data = nullptr;  // null: W is multiplied
+  int64_t stride = 0;           // floats
+};
+// Who reads the context.
+enum ContextReader { kFirstLayer, kSecondLayer, kOutput, kContextReaders };
 
 // Layer 0 reads [token's embedding; context], the others the state below them; the first of them
 // beside it the context, where there is attention.
@@ -154,7 +171,6 @@ struct RecurrentStep {
   Projection query;              // N = 0: the query is the state itself
   const float* score = nullptr;  // v [A], additive
   Projection location;           // [embedding; state] to scores of positions
-  bool context_in_output = true;
   OutputLayer output;
 
   int64_t B = 0, S = 0;
@@ -162,14 +178,20 @@ struct RecurrentStep {
   const float* keys = nullptr;              // (B, S, A)
   const float* values = nullptr;            // (B, S, M)
   char* memory_rows = nullptr;              // what `prepare` makes of the keys for all steps
+  ContextRows context_rows[kContextReaders];
+  const int64_t* first_rows = nullptr;  // [B]: of each sentence, in all of them
+  bool contexts = true;                 // whether somebody multiplies the context itself
+  int64_t weights_stride = 0;
 
   int64_t rows = 0;
   const int32_t* tokens = nullptr;
   const int32_t* parents = nullptr;  // rows of the states before
   const int32_t* sentences = nullptr;
-  // [layer][row][H] before and after; c for LSTM only; context [row][M].
+  // [layer][row][H] before and after; c for LSTM only; context [row][M]; weights
+  // [row][weights_stride]: of the rows of its sentence in context_rows.
   const float *h_before = nullptr, *c_before = nullptr, *context_before = nullptr;
-  float *h = nullptr, *c = nullptr, *context = nullptr;
+  const float* weights_before = nullptr;
+  float *h = nullptr, *c = nullptr, *context = nullptr, *weights = nullptr;
   int64_t state_rows = 0;  // rows that a layer's states have room for
   StepScores scores;
 

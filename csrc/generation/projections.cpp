@@ -9,7 +9,7 @@ void grow(AlignedBuffer& buffer, int64_t bytes) {
 }
 
 void project(const Projection& p, Format format, const float* x, int64_t rows, int threads,
-             AlignedBuffer& work, float* to) {
+             AlignedBuffer& work, float* to, int64_t to_stride) {
   if (rows == 0) return;
   const linear::Kernels& kernels = linear::kernels(chosen_isa());
   linear::Linear f{};
@@ -22,7 +22,7 @@ void project(const Projection& p, Format format, const float* x, int64_t rows, i
   f.input_stride = p.K * 4;
   f.bias = reinterpret_cast<const char*>(p.bias);
   f.output = reinterpret_cast<char*>(to);
-  f.output_stride = p.N * 4;
+  f.output_stride = to_stride * 4;
   linear::plan(f, format, threads);
   grow(work, kernels.workspace(f));
   f.workspace = work.data();

@@ -12,8 +12,9 @@ constexpr int64_t kTeamProducts = 200'000;
 // Throws std::bad_alloc.
 void grow(AlignedBuffer& buffer, int64_t bytes);
 
-// to = x W' + b, for rows of floats that lie one behind the other.
+// to = x W' + b, for rows of floats that lie one behind the other; those of `to` are to_stride
+// floats apart.
 void project(const Projection& p, Format format, const float* x, int64_t rows, int threads,
-             AlignedBuffer& work, float* to);
+             AlignedBuffer& work, float* to, int64_t to_stride);
 
 }  // namespace encdec::generation

@@ -51,34 +51,43 @@ inline void prepare_memory(const RecurrentStep& s) {
   run_team(s.threads, body);
 }
 
+struct StagedPlaces {
+  int64_t rows, stride, scales;
+
+  StagedRows at(char* workspace) const {
+    return {workspace + rows, stride, reinterpret_cast<float*>(workspace + scales)};
+  }
+};
+
 struct RecurrentPlaces {
-  int64_t input, gates, query;  // rows of floats
-  int64_t staged, scales, hidden, hidden_scales, scans;
-  int64_t input_size, staged_stride, hidden_stride;
+  int64_t input, gates, query, first_weights;  // rows of floats
+  StagedPlaces staged, context, hidden;
+  int64_t scans, input_size;
   int64_t member;
   QueryPlaces own;
-  int64_t scores, member_bytes, bytes;
+  int64_t member_bytes, bytes;
 };
 
 inline RecurrentPlaces recurrent_places(const RecurrentStep& s) {
   RecurrentPlaces p{};
   Layout all, member;
+  const auto staged = [&](int64_t size) {
+    const int64_t stride = staged_row_bytes(s.format, size);
+    return StagedPlaces{all.take(s.rows * stride), stride, all.take(s.rows * 4)};
+  };
   // The widest of what is staged: inputs of layers, of the location scores, of the output.
-  p.input_size = std::max(s.E, s.H) + std::max(s.M, s.H);
+  p.input_size = s.location.N > 0 ? s.E + s.H : std::max(s.E, s.H);
   p.input = all.take(s.rows * row_floats(p.input_size) * 4);
   p.gates = all.take(s.rows * row_floats(4 * s.H) * 4);
   p.query = all.take(s.rows * row_floats(std::max(s.A, s.location.N)) * 4);
-  p.staged_stride = staged_row_bytes(s.format, p.input_size);
-  p.staged = all.take(s.rows * p.staged_stride);
-  p.scales = all.take(s.rows * 4);
-  p.hidden_stride = staged_row_bytes(s.format, s.H);
-  p.hidden = all.take(s.rows * p.hidden_stride);
-  p.hidden_scales = all.take(s.rows * 4);
+  p.first_weights = all.take(s.rows * s.weights_stride * 4);
+  p.staged = staged(p.input_size);
+  p.context = staged(s.contexts ? s.M : 0);
+  p.hidden = staged(s.H);
   p.scans = all.take(s.threads * score_bytes(s.rows));
   p.member = all.end();
   Layout unused;
   p.own = query_places(memory_places(memory_of(s), s.B, unused), member);
-  p.scores = member.take(row_floats(round_up(std::max(s.S, s.location.N), 16)) * 4);
   p.member_bytes = member.end();
   p.bytes = p.member + s.threads * p.member_bytes;
   return p;
@@ -96,10 +105,11 @@ class RecurrentRun {
         input_(rows_at(places_.input, places_.input_size)),
         gates_(rows_at(places_.gates, 4 * step.H)),
         query_(rows_at(places_.query, std::max(step.A, step.location.N))),
-        staged_{step.workspace + places_.staged, places_.staged_stride,
-                reinterpret_cast<float*>(step.workspace + places_.scales)},
-        hidden_{step.workspace + places_.hidden, places_.hidden_stride,
-                reinterpret_cast<float*>(step.workspace + places_.hidden_scales)},
+        first_weights_{reinterpret_cast<float*>(step.workspace + places_.first_weights),
+                       step.weights_stride},
+        staged_(places_.staged.at(step.workspace)),
+        contexts_(places_.context.at(step.workspace)),
+        hidden_(places_.hidden.at(step.workspace)),
         own_(step.workspace + places_.member + rank * places_.member_bytes) {
     // Tiles of one query read the rows behind it, which must be numbers.
     std::memset(own_, 0, static_cast<size_t>(places_.member_bytes));
@@ -109,23 +119,26 @@ class RecurrentRun {
     if (s_.attention_kind == Attention::kLocation) locate();
     for (int64_t l = 0; l < s_.layer_count; ++l) {
       team_.each(s_.rows, [&](int64_t r) {
-        const int64_t size = l == 0 ? first_input(r) : next_input(l, r);
-        team_.stage(input_.at(r), size, staged_, r);
+        l == 0 ? first_input(r) : next_input(l, r);
         team_.stage(before(s_.h_before, l, r), s_.H, hidden_, r);
       });
       team_.wait();
-      add_gates(s_.layers[l]);
+      add_gates(l);
       team_.wait();
       team_.each(s_.rows, [&](int64_t r) { update(l, r); });
       if (l == 0 && scores_keys(s_.attention_kind)) attend();
       // The next layer's rows are staged by the members that own them; nobody reads them before.
     }
     team_.each(s_.rows, [&](int64_t r) {
-      const int64_t size = output_row(r);
-      team_.stage(input_.at(r), size, staged_, r);
+      team_.stage(after(s_.h, s_.layer_count - 1, r), s_.H, staged_, r);
+      if (multiplies(s_.output.context, kOutput)) stage_context(s_.context, r, r);
     });
     team_.wait();
-    team_.score(s_.output, staged_, s_.rows, s_.scores, s_.workspace + places_.scans);
+    team_.score(s_.output, staged_, s_.rows, s_.scores, s_.workspace + places_.scans,
+                [&](const Panels& panels, const auto& put) {
+                  add_context(s_.output.context, kOutput, {s_.weights, s_.weights_stride}, panels,
+                              put);
+                });
   }
 
  private:
@@ -147,49 +160,107 @@ class RecurrentRun {
     std::memcpy(to, from, static_cast<size_t>(size * 4));
   }
 
-  // [embedding; context], the context of the step before or, by location, of this one.
-  int64_t first_input(int64_t r) const {
-    float* const to = input_.at(r);
-    copy_row(s_.embedding, s_.tokens[r], s_.E, 1.0f, to);
-    const bool now = s_.attention_kind == Attention::kLocation;
-    if (!now) copy(s_.context_before + s_.parents[r] * s_.M, s_.M, s_.context + r * s_.M);
-    copy(s_.context + r * s_.M, s_.M, to + s_.E);
-    return s_.E + s_.M;
+  // Whether weights of the context are multiplied with it (kernels.h, ContextRows).
+  bool multiplies(const Projection& weights, ContextReader reader) const {
+    return weights.N > 0 && !s_.context_rows[reader].data;
+  }
+  static ContextReader reader_of(int64_t l) { return l == 0 ? kFirstLayer : kSecondLayer; }
+  // Of the row of contexts `from` that row r reads.
+  void stage_context(const float* contexts, int64_t from, int64_t r) const {
+    team_.stage(contexts + from * s_.M, s_.M, contexts_, r);
+  }
+  // What stands in for a context without attention is the same in all steps.
+  bool constant() const { return s_.attention_kind == Attention::kNone; }
+  bool located() const { return s_.attention_kind == Attention::kLocation; }
+  int64_t positions_of(int64_t sentence) const {
+    return constant() ? 0 : s_.memory_lengths[sentence];
+  }
+  FloatRows weights() const { return {s_.weights, s_.weights_stride}; }
+
+  // The token, and the context of the step before or, by location, of this one.
+  void first_input(int64_t r) const {
+    const RecurrentLayer& layer = s_.layers[0];
+    if (layer.token_gates) {
+      const int64_t size = rnn::gate_count(layer.cell) * s_.H;
+      copy(layer.token_gates + s_.tokens[r] * size, size, gates_.at(r));
+    } else {
+      copy_row(s_.embedding, s_.tokens[r], s_.E, 1.0f, input_.at(r));
+      team_.stage(input_.at(r), s_.E, staged_, r);
+    }
+    const int64_t parent = s_.parents[r];
+    if (!located()) {
+      const float* const from = s_.weights_before + parent * s_.weights_stride;
+      const int64_t count = 1 + positions_of(s_.sentences[r]);
+      copy(from, count, first_weights_.at(r));
+      if (constant()) copy(from, count, weights().at(r));
+      if (constant() && s_.contexts) {
+        copy(s_.context_before + parent * s_.M, s_.M, s_.context + r * s_.M);
+      }
+    }
+    if (multiplies(layer.context, kFirstLayer)) {
+      located() ? stage_context(s_.context, r, r) : stage_context(s_.context_before, parent, r);
+    }
   }
 
-  int64_t next_input(int64_t l, int64_t r) const {
-    copy(after(s_.h, l - 1, r), s_.H, input_.at(r));
-    if (l > 1 || s_.attention_kind == Attention::kNone) return s_.H;
-    copy(s_.context + r * s_.M, s_.M, input_.at(r) + s_.H);
-    return s_.H + s_.M;
+  void next_input(int64_t l, int64_t r) const {
+    team_.stage(after(s_.h, l - 1, r), s_.H, staged_, r);
+    if (multiplies(s_.layers[l].context, reader_of(l))) stage_context(s_.context, r, r);
   }
 
-  int64_t output_row(int64_t r) const {
-    copy(after(s_.h, s_.layer_count - 1, r), s_.H, input_.at(r));
-    if (!s_.context_in_output) return s_.H;
-    copy(s_.context + r * s_.M, s_.M, input_.at(r) + s_.H);
-    return s_.H + s_.M;
-  }
-
-  // What the input and the state before give; of a GRU's new gate they stay apart.
-  void add_gates(const RecurrentLayer& w) const {
-    team_.multiply(w.input, staged_, s_.rows,
-                   [&](int64_t r, int64_t c, Float y, int lanes)
-                       __attribute__((always_inline)) { store_lanes(gates_.at(r) + c, y, lanes); });
-    // A member has the same columns of both products.
+  // What token or state, context and the state before give; of a GRU's new gate the last stays
+  // apart. A member has the same columns of all products.
+  void add_gates(int64_t l) const {
+    const RecurrentLayer& w = s_.layers[l];
+    const auto add_to =
+        [&](int64_t r, int64_t c, Float y, int lanes)
+            __attribute__((always_inline)) { add_lanes(gates_.at(r) + c, y, lanes); };
+    if (l > 0 || !w.token_gates) {
+      team_.multiply(w.input, staged_, s_.rows,
+                     [&](int64_t r, int64_t c, Float y, int lanes) __attribute__((always_inline)) {
+                       store_lanes(gates_.at(r) + c, y, lanes);
+                     });
+    }
+    const bool first = l == 0 && !located();
+    add_context(w.context, reader_of(l), first ? first_weights_ : weights(),
+                team_.own_panels(w.context.N), add_to);
     const bool gru = w.cell == rnn::Cell::kGru;
     team_.multiply(w.hidden, hidden_, s_.rows,
                    [&](int64_t r, int64_t c, Float y, int lanes) __attribute__((always_inline)) {
-                     float* const to = gates_.at(r) + c;
                      const int64_t joined = gru ? 2 * s_.H - c : lanes;
                      if (joined >= lanes) {
-                       store_lanes(to, add(load(to), y), lanes);
+                       add_to(r, c, y, lanes);
                      } else if (joined <= 0) {
-                       store_lanes(to + s_.H, y, lanes);
+                       store_lanes(gates_.at(r) + c + s_.H, y, lanes);
                      } else {
-                       put_apart(to, y, lanes, static_cast<int>(joined));
+                       put_apart(gates_.at(r) + c, y, lanes, static_cast<int>(joined));
                      }
                    });
+  }
+
+  // put(row, column, a vector of W c, how many of its lanes count), for columns of some panels.
+  template <class Put>
+  void add_context(const Projection& p, ContextReader reader, const FloatRows& weights,
+                   const Panels& panels, const Put& put) const {
+    if (p.N == 0) return;
+    if (multiplies(p, reader)) {
+      team_.multiply(p, contexts_, s_.rows, panels, put);
+      return;
+    }
+    const ContextRows& rows = s_.context_rows[reader];
+    const int64_t column = panels.first * kPanel;
+    const int64_t width = std::min(panels.end * kPanel, p.N) - column;
+    for (int64_t r = 0; r < s_.rows;) {  // the rows of a sentence together
+      const int32_t sentence = s_.sentences[r];
+      int64_t count = 1;
+      while (r + count < s_.rows && s_.sentences[r + count] == sentence) ++count;
+      const float* const from = rows.data + s_.first_rows[sentence] * rows.stride + column;
+      weigh<Format::kFloat32>(
+          count, weights.at(r), weights.stride, 1, 1 + positions_of(sentence),
+          reinterpret_cast<const char*>(from), rows.stride * 4, width,
+          [&](int64_t i, int64_t c, Float y, int lanes)
+              __attribute__((always_inline)) { put(r + i, column + c, y, lanes); });
+      r += count;
+    }
   }
 
   // The first `joined` lanes are added, the others go one H further on.
@@ -248,10 +319,10 @@ class RecurrentRun {
       float* const query = query_.at(r);
       if (s_.query.N == 0) copy(after(s_.h, 0, r), s_.H, query);
       for (int64_t a = s_.A; a < round_up(s_.A, kLanes); ++a) query[a] = 0.0f;
-      float* const weights = reinterpret_cast<float*>(own_ + places_.scores);
-      const int64_t sentence = s_.sentences[r], n = s_.memory_lengths[sentence];
-      if (n > 0) keys_.attend(sentence, query, own_, places_.own, weights);
-      read_memory(r, weights, n);
+      const int64_t sentence = s_.sentences[r], n = positions_of(sentence);
+      float* const own = position_weights(r);
+      if (n > 0) keys_.attend(sentence, query, own_, places_.own, own);
+      read_memory(r, own, n);
     });
   }
 
@@ -268,12 +339,19 @@ class RecurrentRun {
                        __attribute__((always_inline)) { store_lanes(query_.at(r) + c, y, lanes); });
     team_.wait();
     team_.each(s_.rows, [&](int64_t r) {
-      const int64_t n = s_.memory_lengths[s_.sentences[r]];
-      float* const weights = reinterpret_cast<float*>(own_ + places_.scores);
-      copy(query_.at(r), n, weights);
-      if (n > 0) softmax_row(weights, n, 1.0f);
-      read_memory(r, weights, n);
+      const int64_t n = positions_of(s_.sentences[r]);
+      float* const own = position_weights(r);
+      copy(query_.at(r), n, own);
+      if (n > 0) softmax_row(own, n, 1.0f);
+      read_memory(r, own, n);
     });
+  }
+
+  // Row r's, of the positions. What stood in for the first context has been read.
+  float* position_weights(int64_t r) const {
+    float* const own = weights().at(r);
+    own[0] = 0.0f;
+    return own + 1;
   }
 
   void read_memory(int64_t r, const float* weights, int64_t n) const {
@@ -282,6 +360,7 @@ class RecurrentRun {
       copy(weights, n, to);
       std::memset(to + n, 0, static_cast<size_t>((s_.S - n) * 4));
     }
+    if (!s_.contexts) return;
     const float* const values = s_.values + s_.sentences[r] * s_.S * s_.M;
     weigh<Format::kFloat32>(1, weights, 0, 1, n, reinterpret_cast<const char*>(values), s_.M * 4,
                             s_.M, [&](int64_t, int64_t c, Float sum, int lanes) {
@@ -294,8 +373,8 @@ class RecurrentRun {
   const RecurrentPlaces places_;
   const decoder::Memory memory_;
   const MemoryRows keys_;
-  const FloatRows input_, gates_, query_;
-  const StagedRows staged_, hidden_;
+  const FloatRows input_, gates_, query_, first_weights_;
+  const StagedRows staged_, contexts_, hidden_;
   char* const own_;
 };
 

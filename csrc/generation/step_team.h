@@ -51,6 +51,15 @@ ENCDEC_INLINE void store_lanes(float* to, Float x, int lanes) {
   }
 }
 
+ENCDEC_INLINE void add_lanes(float* to, Float x, int lanes) {
+  store_lanes(to, add(load_lanes(to, lanes), x), lanes);
+}
+
+// Panels of a packed matrix.
+struct Panels {
+  int64_t first, end;
+};
+
 // Columns of scores that are computed, then scanned, while they are in cache.
 constexpr int64_t kScoreBlock = 8 * kPanel;
 
@@ -80,17 +89,48 @@ class StepTeam {
                                      to.data + r * to.stride);
   }
 
-  // put(row, column, a vector of x W' + b, how many of its lanes count), for this member's columns.
+  // This member's panels of N columns.
+  Panels own_panels(int64_t N) const {
+    const int64_t panels = panels_of(N);
+    return {panels * rank_ / members_, panels * (rank_ + 1) / members_};
+  }
+
+  // put(row, column, a vector of x W' + b, how many of its lanes count), for columns of some
+  // panels.
+  template <class Put>
+  void multiply(const Projection& p, const StagedRows& x, int64_t rows, const Panels& panels,
+                const Put& put) const {
+    constexpr int kRows = tile_room(format, kVectors);
+    alignas(64) float tile[kRows * kPanel];
+    const auto& header = *reinterpret_cast<const linear::PackedHeader*>(p.packed);
+    const PackedView weight = view(p.packed, header.weight, format, p.K, kVectors);
+    const RowTiles tiles(rows, tile_rows(format, kVectors));
+    for (int64_t panel = panels.first; panel < panels.end; ++panel) {
+      for (int64_t i = 0; i < tiles.count; ++i) {
+        const int64_t first = tiles.begin(i), end = tiles.begin(i + 1);
+        const RowsView own{x.data + first * x.stride, x.stride};
+        multiply_rows<format, kVectors>(static_cast<int>(end - first), weight, panel, own, tile,
+                                        kPanel, false, {i, tiles.count});
+        const int64_t column = panel * kPanel;
+        if (column + kPanel <= p.N) {
+          finish<true>(p, weight, x.scales, first, end, column, tile, put);
+        } else {
+          finish<false>(p, weight, x.scales, first, end, column, tile, put);
+        }
+      }
+    }
+  }
   template <class Put>
   void multiply(const Projection& p, const StagedRows& x, int64_t rows, const Put& put) const {
-    const int64_t panels = panels_of(p.N);
-    multiply(p, x, rows, panels * rank_ / members_, panels * (rank_ + 1) / members_, put);
+    multiply(p, x, rows, own_panels(p.N), put);
   }
 
   // Scores x W' + b, and what is to be found in them: in a block of columns while it is in cache,
-  // then in what the members found. work: score_bytes for each member. Waits for all.
+  // then in what the members found. work: score_bytes for each member. more(panels, add): adds
+  // what else scores of these columns consist of. Waits for all.
+  template <class More>
   void score(const OutputLayer& layer, const StagedRows& x, int64_t rows, const StepScores& to,
-             char* work) const {
+             char* work, const More& more) const {
     const Projection& p = layer.projection;
     const auto block_of = [&](int member) {
       return reinterpret_cast<float*>(work + member * score_bytes(rows));
@@ -103,9 +143,10 @@ class StepTeam {
     lists.numbers = reinterpret_cast<float*>(own + rows);
     lists.places = reinterpret_cast<int32_t*>(lists.numbers + rows * kMostKept);
     for (int64_t r = 0; r < rows; ++r) own[r] = row_scan(lists, r);
-    const int64_t panels = panels_of(p.N), last = panels * (rank_ + 1) / members_;
-    for (int64_t first = panels * rank_ / members_; first < last; first += kScoreBlock / kPanel) {
-      const int64_t end = std::min(last, first + kScoreBlock / kPanel), column = first * kPanel;
+    const Panels mine = own_panels(p.N);
+    for (int64_t first = mine.first; first < mine.end; first += kScoreBlock / kPanel) {
+      const int64_t end = std::min(mine.end, first + kScoreBlock / kPanel);
+      const int64_t column = first * kPanel;
       const int64_t count = std::min(end * kPanel, p.N) - column;
       // Scores of a shortlist are put in their places afterwards, and others if asked for.
       const int32_t* const tokens = layer.tokens ? layer.tokens + column : nullptr;
@@ -114,10 +155,14 @@ class StepTeam {
       const int64_t stride = direct ? to.stride : kScoreBlock;
       const int32_t* const few_end = to.few_tokens + to.few_count;
       const int32_t* const few = std::lower_bound(to.few_tokens, few_end, column);
-      multiply(p, x, rows, first, end,
+      multiply(p, x, rows, {first, end},
                [=](int64_t r, int64_t c, Float y, int lanes) __attribute__((always_inline)) {
                  store_lanes(block + r * stride + c - column, y, lanes);
                });
+      more(Panels{first, end},
+           [=](int64_t r, int64_t c, Float y, int lanes) __attribute__((always_inline)) {
+             add_lanes(block + r * stride + c - column, y, lanes);
+           });
       for (int64_t r = 0; r < rows; ++r) {
         const float* const found = block + r * stride;
         own[r].take(found, count, column, tokens);
@@ -138,30 +183,6 @@ class StepTeam {
   }
 
  private:
-  template <class Put>
-  void multiply(const Projection& p, const StagedRows& x, int64_t rows, int64_t first_panel,
-                int64_t end_panel, const Put& put) const {
-    constexpr int kRows = tile_room(format, kVectors);
-    alignas(64) float tile[kRows * kPanel];
-    const auto& header = *reinterpret_cast<const linear::PackedHeader*>(p.packed);
-    const PackedView weight = view(p.packed, header.weight, format, p.K, kVectors);
-    const RowTiles tiles(rows, tile_rows(format, kVectors));
-    for (int64_t panel = first_panel; panel < end_panel; ++panel) {
-      for (int64_t i = 0; i < tiles.count; ++i) {
-        const int64_t first = tiles.begin(i), end = tiles.begin(i + 1);
-        const RowsView own{x.data + first * x.stride, x.stride};
-        multiply_rows<format, kVectors>(static_cast<int>(end - first), weight, panel, own, tile,
-                                        kPanel, false, {i, tiles.count});
-        const int64_t column = panel * kPanel;
-        if (column + kPanel <= p.N) {
-          finish<true>(p, weight, x.scales, first, end, column, tile, put);
-        } else {
-          finish<false>(p, weight, x.scales, first, end, column, tile, put);
-        }
-      }
-    }
-  }
-
   // What follows the product of some rows with a panel; whole: all of its columns are there.
   template <bool whole, class Put>
   static ENCDEC_INLINE void finish(const Projection& p, const PackedView& weight,

@@ -82,7 +82,8 @@ class TransformerRun {
       team_.stage(x_.at(r), s_.D, staged_, r);
     });
     team_.wait();
-    team_.score(s_.output, staged_, s_.rows, s_.scores, s_.workspace + places_.scans);
+    team_.score(s_.output, staged_, s_.rows, s_.scores, s_.workspace + places_.scans,
+                [](const Panels&, const auto&) {});
   }
 
  private:

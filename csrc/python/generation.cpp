@@ -5,6 +5,8 @@
 #include <pybind11/functional.h>
 #include <pybind11/stl.h>
 
+#include <optional>
+
 #include "generation/recurrent_decoder.h"
 #include "generation/search.h"
 #include "generation/transformer_decoder.h"
@@ -143,22 +145,30 @@ std::shared_ptr<RecurrentModel> recurrent_model(const py::dict& sizes, const py:
   s.query = f.projection("query");
   s.score = f.floats("score", s.A);
   s.location = f.projection("location");
-  s.context_in_output = f.get("context_in_output", true);
   s.output.projection = f.projection("output");
+  s.output.context = f.projection("output_context");
   s.V = s.output.projection.N;
   model->memory_keys = f.projection("memory_keys");
   for (const py::handle& item : layers) {
     const py::dict fields = item.cast<py::dict>();
     const Fields l(fields, model->weights, threads);
-    model->layers.push_back({static_cast<rnn::Cell>(l.get<int>("cell", 0)), l.projection("input"),
-                             l.projection("hidden")});
+    RecurrentLayer layer;
+    layer.cell = static_cast<rnn::Cell>(l.get<int>("cell", 0));
+    layer.input = l.projection("input");
+    layer.context = l.projection("context");
+    layer.hidden = l.projection("hidden");
+    layer.token_gates =
+        l.floats("token_gates", s.embedding.rows * rnn::gate_count(layer.cell) * s.H);
+    model->layers.push_back(layer);
   }
   watch(model->weights, watched);
   return model;
 }
 
-std::shared_ptr<Shortlist> shortlist(const Linear& rows, Tokens tokens, int format, int threads) {
+std::shared_ptr<Shortlist> shortlist(const Linear& rows, const std::optional<Linear>& context,
+                                     Tokens tokens, int format, int threads) {
   return std::make_shared<Shortlist>(weight_of(rows.first), at<float>(rows.second),
+                                     context ? weight_of(context->first) : Weight{},
                                      std::move(tokens), static_cast<Format>(format), threads);
 }
 
@@ -307,8 +317,8 @@ void bind(py::module_& m) {
       .def("fresh", [](const RecurrentModel& r) { return r.weights.fresh(); })
       .def_property_readonly("bytes", [](const RecurrentModel& r) { return r.weights.bytes(); });
   py::class_<Shortlist, std::shared_ptr<Shortlist>>(m, "Shortlist")
-      .def(py::init(&shortlist), py::arg("rows"), py::arg("tokens"), py::arg("format"),
-           py::arg("threads"))
+      .def(py::init(&shortlist), py::arg("rows"), py::arg("context"), py::arg("tokens"),
+           py::arg("format"), py::arg("threads"))
       .def_property_readonly("bytes", [](const Shortlist& s) { return s.weights.bytes(); });
   py::class_<Decoder>(m, "Decoder");
   py::class_<TransformerDecoder, Decoder>(m, "TransformerDecoder")
@@ -330,10 +340,12 @@ void bind(py::module_& m) {
         return std::make_unique<RecurrentDecoder>(std::move(r));
       }))
       .def("restrict", &RecurrentDecoder::restrict, py::arg("shortlist").none(true))
+      .def_property_readonly("products_by_memory", &RecurrentDecoder::products_by_memory)
       .def(
           "begin",
           [](RecurrentDecoder& d, int64_t B, int64_t S, intptr_t h, intptr_t c, intptr_t context,
-             intptr_t memory, const std::vector<int64_t>& lengths, int64_t rows, int threads) {
+             intptr_t memory, const std::vector<int64_t>& lengths, int64_t rows, int64_t limit,
+             int threads) {
             const py::gil_scoped_release unlocked;
             const Encoded encoded{B,
                                   S,
@@ -342,10 +354,11 @@ void bind(py::module_& m) {
                                   at<float>(context),
                                   at<float>(memory),
                                   lengths.empty() ? nullptr : lengths.data()};
-            d.begin(encoded, rows, threads);
+            d.begin(encoded, rows, limit, threads);
           },
           py::arg("B"), py::arg("S"), py::arg("h"), py::arg("c"), py::arg("context"),
-          py::arg("memory"), py::arg("lengths"), py::arg("rows"), py::arg("threads"));
+          py::arg("memory"), py::arg("lengths"), py::arg("rows"), py::arg("limit"),
+          py::arg("threads"));
   py::class_<PythonDecoder, Decoder>(m, "PythonDecoder")
       .def(py::init<py::function, int64_t, int64_t, std::vector<int64_t>>(), py::arg("step"),
            py::arg("vocabulary"), py::arg("attention_size"), py::arg("lengths"));

@@ -33,6 +33,12 @@ class Affine:
         """Of an nn.Linear."""
         return cls(linear.weight, linear.bias)
 
+    def columns(self, first: int) -> tuple[Affine, Affine | None]:
+        """Of the first features, with the bias, and of the others without; None: of none."""
+        weight = self.weight
+        others = Affine(weight[:, first:]) if weight.shape[1] > first else None
+        return Affine(weight[:, :first], self.bias), others
+
 
 @dataclass(frozen=True)
 class Norm:
@@ -111,9 +117,11 @@ class RecurrentDecoder:
             "attention_size": A,
             "attention": ATTENTIONS[self.attention],
             "embedding": pack.table(self.embedding),
-            "output": pack.affine(self.output),
-            "context_in_output": self.context_in_output,
         }
+        own, context = self.output.columns(H)
+        sizes["output"] = pack.affine(own)
+        if context is not None:
+            sizes["output_context"] = pack.affine(context)
         for name in ("query", "location"):
             affine = getattr(self, name)
             if affine is not None:
@@ -122,16 +130,23 @@ class RecurrentDecoder:
             sizes["memory_keys"] = pack.affine(self.keys)
         if self.score is not None:
             sizes["score"] = pack.vector(self.score)
-        layers = [
-            {
-                "cell": CELLS[layer.cell],
-                "input": pack.affine(layer.input),
-                "hidden": pack.affine(layer.hidden),
-            }
-            for layer in self.layers
-        ]
+        layers = [self._compile_layer(index, pack) for index in range(len(self.layers))]
         assert library.extension is not None
         return library.extension.RecurrentModel(sizes, layers, *pack.rest())
+
+    def _compile_layer(self, index: int, pack: Packing) -> dict[str, Any]:
+        layer = self.layers[index]
+        features = self.embedding.shape[1] if index == 0 else self.hidden_size
+        found: dict[str, Any] = {"cell": CELLS[layer.cell], "hidden": pack.affine(layer.hidden)}
+        own, context = layer.input.columns(features)
+        # No more tokens than features: what each of them gives takes no more room than the weights.
+        if index == 0 and self.embedding.shape[0] <= features:
+            found["token_gates"] = pack.products(self.embedding, own)
+        else:
+            found["input"] = pack.affine(own)
+        if context is not None:
+            found["context"] = pack.affine(context)
+        return found
 
     def start(self, model: Any) -> Any:
         """The engine's decoder: the states of one search at a time."""
@@ -301,6 +316,15 @@ class Packing:
 
     def affine(self, affine: Affine) -> tuple[Any, int]:
         return self._matrix(affine.weight), self.vector(affine.bias)
+
+    def products(self, rows: Tensor, affine: Affine) -> int:
+        """affine of each row, as floats."""
+        self.table(affine.weight)
+        self.vector(affine.bias)
+        bias = None if affine.bias is None else affine.bias.detach().double()
+        found = nn.functional.linear(rows.detach().double(), affine.weight.detach().double(), bias)
+        self.alive.append(found.float())
+        return self.alive[-1].data_ptr()
 
     def norm(self, norm: Norm) -> tuple[int, int, int, float]:
         return NORMS[norm.kind], self.vector(norm.weight), self.vector(norm.bias), norm.eps

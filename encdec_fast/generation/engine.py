@@ -88,7 +88,15 @@ class _Packed:
             weight.index_select(0, rows),
             None if bias is None else bias.detach().index_select(0, rows),
         )
-        return library.extension.Shortlist(packing.affine(chosen), tokens, *packing.rest()[1:])
+        context: Any = None
+        if isinstance(decoder, RecurrentDecoder):
+            chosen, context = chosen.columns(decoder.hidden_size)
+        return library.extension.Shortlist(
+            packing.affine(chosen),
+            None if context is None else packing.affine(context),
+            tokens,
+            *packing.rest()[1:],
+        )
 
     def fresh(self, traces: list[Any]) -> bool:
         return traces == self.traces and bool(self.model.fresh())
@@ -277,15 +285,15 @@ def run(
     S = 0 if memory is None else memory.shape[1]
     address = 0 if memory is None else memory.data_ptr()
     B, lengths = len(requests), list(encoded.lengths)
+    limit = max(config.limit(len(request.prompt)) for request in requests)
     if isinstance(decoder, RecurrentDecoder):
         states = encoded.states if isinstance(encoded.states, tuple) else (encoded.states,)
         h, *c = [state.detach().float().contiguous() for state in states]
         context = None if encoded.context is None else encoded.context.float().contiguous()
         first = 0 if context is None else context.data_ptr()
         cells = c[0].data_ptr() if c else 0
-        session.begin(B, S, h.data_ptr(), cells, first, address, lengths, rows, threads)
+        session.begin(B, S, h.data_ptr(), cells, first, address, lengths, rows, limit, threads)
     else:
-        limit = max(config.limit(len(request.prompt)) for request in requests)
         session.begin(address, B, S, lengths, rows, limit, threads)
     options = options_of(config)
     found = library.extension.search(
@@ -299,6 +307,8 @@ def run(
         written,
         timing,
     )
+    if timing is not None and isinstance(decoder, RecurrentDecoder):
+        timing["products_by_memory"] = session.products_by_memory
     packed.idle.append(session)
     return [[hypothesis(item, S) for item in sentence] for sentence in found]
 

@@ -156,9 +156,9 @@ Numbers& keep(int64_t n, float scale) {
   return kept.back();
 }
 
-Projection projection(PackedWeights& weights, int64_t N, int64_t K) {
+Projection projection(PackedWeights& weights, int64_t N, int64_t K, bool bias = true) {
   const Weight w{Format::kFloat32, chars(keep(N * K, 2.0f / std::sqrt(float(K)))), K, N, K};
-  return weights.projection(w, keep(N, 0.5f).data(), 2);
+  return weights.projection(w, bias ? keep(N, 0.5f).data() : nullptr, 2);
 }
 
 Table table(int64_t rows, int64_t size) {
@@ -169,6 +169,9 @@ NormWeights norm(PackedWeights& weights, int64_t D, linear::Norm kind) {
   return {kind, weights.floats(keep(D, 1.0f).data(), D), weights.floats(keep(D, 1.0f).data(), D),
           1e-5f};
 }
+
+// How many products with a context the decoders of the test made in each of the two ways.
+int64_t by_memory = 0, by_context = 0;
 
 // A batch that an encoder left, and a decoder begun on sentences `first` to `first + count` of it.
 struct Batch {
@@ -393,6 +396,20 @@ Batch transformer(Format format, bool norm_first, int64_t B, int64_t S, int64_t 
   return batch;
 }
 
+// The product of every token with random weights.
+const float* token_gates(const Table& embedding, int64_t N, int64_t E) {
+  const Numbers weight = random_floats(N * E, 0.2f);
+  Numbers& found = keep(embedding.rows * N, 0.0f);
+  for (int64_t t = 0; t < embedding.rows; ++t) {
+    const auto* const row = reinterpret_cast<const float*>(embedding.data) + t * E;
+    for (int64_t n = 0; n < N; ++n) {
+      const auto of = weight.begin() + n * E;
+      found[static_cast<size_t>(t * N + n)] = std::inner_product(row, row + E, of, 0.0f);
+    }
+  }
+  return found.data();
+}
+
 Batch recurrent(Format format, rnn::Cell cell, Attention attention, int64_t layers, int64_t B,
                 int64_t S, int64_t E, int64_t H, int64_t M, int64_t A, int64_t V) {
   const int64_t gates = rnn::gate_count(cell);
@@ -407,8 +424,8 @@ Batch recurrent(Format format, rnn::Cell cell, Attention attention, int64_t laye
   s.V = V;
   s.attention_kind = attention;
   s.embedding = table(V, E);
-  s.context_in_output = attends;
-  s.output.projection = projection(w, V, attends ? H + M : H);
+  s.output.projection = projection(w, V, H);
+  if (attends) s.output.context = projection(w, V, M, false);
   if (attention == Attention::kAdditive) {
     s.A = A;
     s.query = projection(w, A, H);
@@ -418,8 +435,13 @@ Batch recurrent(Format format, rnn::Cell cell, Attention attention, int64_t laye
   if (s.A > 0) model->memory_keys = projection(w, s.A, M);
   if (attention == Attention::kLocation) s.location = projection(w, S + 2, E + H);
   for (int64_t l = 0; l < layers; ++l) {
-    const int64_t K = l == 0 ? E + M : l == 1 && attends ? H + M : H;
-    model->layers.push_back({cell, projection(w, gates * H, K), projection(w, gates * H, H)});
+    RecurrentLayer layer;
+    layer.cell = cell;
+    layer.input = projection(w, gates * H, l == 0 ? E : H);
+    if (l == 0 && E >= V) layer.token_gates = token_gates(s.embedding, gates * H, E);
+    if (l == 0 || (l == 1 && attends)) layer.context = projection(w, gates * H, M, false);
+    layer.hidden = projection(w, gates * H, H);
+    model->layers.push_back(layer);
   }
   Batch batch{B, S, lengths_of(B, S), V, 6, tolerance_of(format), {}};
   const Numbers h = random_floats(B * layers * H), memory = random_floats(B * S * M);
@@ -445,7 +467,9 @@ Batch recurrent(Format format, rnn::Cell cell, Attention attention, int64_t laye
                           attends ? nullptr : context.data(),
                           attends ? kept.back().data() : nullptr,
                           batch.lengths.data() + first};
-    for (int turn = 0; turn < 2; ++turn) decoder->begin(encoded, rows, threads);
+    for (int turn = 0; turn < 2; ++turn) decoder->begin(encoded, rows, batch.limit, threads);
+    by_memory += decoder->products_by_memory();
+    by_context += (attends ? std::min<int64_t>(layers, 2) + 1 : 1) - decoder->products_by_memory();
     return decoder;
   };
   return batch;
@@ -475,6 +499,8 @@ void test_decoders() {
       }
     }
     both(recurrent(format, rnn::Cell::kGru, Attention::kAdditive, 2, 5, 9, 40, 90, 70, 50, 300));
+    both(recurrent(format, rnn::Cell::kGru, Attention::kLocation, 1, 3, 4, 40, 21, 70, 50, 35));
+    both(recurrent(format, rnn::Cell::kLstm, Attention::kDot, 2, 3, 4, 40, 90, 70, 50, 40));
   }
 }
 
@@ -504,4 +530,5 @@ void run_tests() {
   }
   for (const int threads : {1, 3}) test_search(threads);
   test_decoders();
+  CHECK(by_memory > 100 && by_context > 100);
 }
