@@ -48,41 +48,90 @@ def _encoder(case: OpCase) -> Work:
     return Work([contender("torch", theirs), contender("encdec_fast", ours)], right)
 
 
-class _Loop(nn.Module):
-    """An attention decoder in torch: LSTMCell and additive attention, keys projected once."""
+class _Attention(nn.ModuleDict):
+    """An attention in torch's own functions; its submodules have our modules' names."""
 
-    def __init__(self, size: int) -> None:
+    def __init__(self, kind: str, size: int, positions: int) -> None:
+        linears = {
+            "": ("query_proj", "memory_proj", "score"),
+            "coverage": ("query_proj", "memory_proj", "score", "coverage_proj"),
+            "luong": ("memory_proj", "output_proj"),
+            "location": ("attn",),
+        }[kind]
+        sizes = {
+            "score": (size, 1),
+            "coverage_proj": (1, size),
+            "output_proj": (2 * size, size),
+            "attn": (2 * size, positions),
+        }
+        super().__init__(
+            {n: nn.Linear(*sizes.get(n, (size, size)), bias=n == "attn") for n in linears}
+        )
+        self.kind = kind
+
+    def forward(
+        self, x: Tensor, h: Tensor, memory: Tensor, keys: Tensor | None, coverage: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """What is fed to the next step, or by location to this one, and the weights."""
+        if self.kind == "location":
+            scores = self["attn"](torch.cat([x, h], dim=1)).unsqueeze(1)
+        elif self.kind == "luong":
+            assert keys is not None
+            scores = h.unsqueeze(1) @ keys.transpose(1, 2)
+        else:
+            hidden = self["query_proj"](h).unsqueeze(1) + keys
+            if self.kind == "coverage":
+                hidden = hidden + self["coverage_proj"](coverage.unsqueeze(-1))
+            scores = self["score"](torch.tanh(hidden)).transpose(1, 2)
+        weights = torch.softmax(scores, dim=-1)
+        context = (weights @ memory).squeeze(1)
+        if self.kind == "luong":
+            context = torch.tanh(self["output_proj"](torch.cat([context, h], dim=1)))
+        return context, weights.squeeze(1)
+
+
+class _Loop(nn.Module):
+    """An attention decoder in torch: LSTMCell and attention, keys projected once."""
+
+    def __init__(self, kind: str, size: int, positions: int) -> None:
         super().__init__()
         self.cell = nn.LSTMCell(2 * size, size)
-        self.query_proj = nn.Linear(size, size, bias=False)
-        self.memory_proj = nn.Linear(size, size, bias=False)
-        self.score = nn.Linear(size, 1, bias=False)
+        self.attention = _Attention(kind, size, positions)
 
     def forward(self, input: Tensor, memory: Tensor) -> Tensor:
-        keys = self.memory_proj(memory)
+        attention = self.attention
+        keys = attention["memory_proj"](memory) if "memory_proj" in attention else None
         h = c = context = input.new_zeros(input.shape[0], memory.shape[2])
+        coverage = input.new_zeros(memory.shape[:2])
         outputs = []
         for x in input.unbind(1):
+            if attention.kind == "location":
+                context, _ = attention(x, h, memory, keys, coverage)
             h, c = self.cell(torch.cat([x, context], dim=1), (h, c))
-            hidden = torch.tanh(self.query_proj(h).unsqueeze(1) + keys)
-            weights = torch.softmax(self.score(hidden).transpose(1, 2), dim=-1)
-            context = (weights @ memory).squeeze(1)
+            if attention.kind != "location":
+                context, weights = attention(x, h, memory, keys, coverage)
+                coverage = coverage + weights
             outputs.append(torch.cat([h, context], dim=1))
         return torch.stack(outputs, dim=1)
+
+
+def _our_attention(kind: str, size: int, positions: int) -> nn.Module:
+    if kind == "luong":
+        return encdec_fast.nn.LuongAttention(size, size, output_size=size)
+    if kind == "location":
+        return encdec_fast.nn.LocationAttention(size, size, positions)
+    return encdec_fast.nn.AdditiveAttention(size, size, size, coverage=kind == "coverage")
 
 
 def _decoder(case: OpCase) -> Work:
     """Teacher-forced, with input feeding: forward and backward, gradients of everything."""
     b, tq, s, size = case.shape
     torch.manual_seed(0)
-    loop = _Loop(size).to(TORCH_DTYPES[case.dtype])
-    attention = encdec_fast.nn.AdditiveAttention(size, size, size)
+    loop = _Loop(case.variant, size, s).to(TORCH_DTYPES[case.dtype])
+    attention = _our_attention(case.variant, size, s)
     ours = encdec_fast.nn.AttentionDecoder(size, size, size, attention)
     ours.to(TORCH_DTYPES[case.dtype])
-    ours.cell.cell.load_state_dict(loop.cell.state_dict())
-    parts = ("query_proj", "memory_proj", "score")
-    own = {name: t for name, t in loop.state_dict().items() if name.startswith(parts)}
-    ours.cell.attention.load_state_dict(own)
+    ours.cell.load_state_dict(loop.state_dict())
     encdec_fast.optimize(ours)  # its projection of the memory, too
     input, memory = torch.randn(b, tq, size), torch.randn(b, s, size)
     grad = torch.randn(b, tq, 2 * size)
@@ -98,8 +147,7 @@ def _decoder(case: OpCase) -> Work:
             found = module(*leaves)
             output = found if isinstance(found, Tensor) else found[0]
             output.backward(outer)
-            grads = {name.rsplit("cell.", 1)[-1]: t.grad for name, t in named.items()}
-            grads = {name.removeprefix("attention."): g for name, g in grads.items()}
+            grads = {name.replace("cell.", ""): t.grad for name, t in named.items()}
             both = {f"grad_{i}": t.grad for i, t in enumerate(leaves)}
             return {"output": output.detach(), **both, **grads}
 
@@ -148,6 +196,10 @@ SUITES: dict[str, list[OpCase]] = {
     "bridge": [
         OpCase("attention_decoder", "float32", (32, 30, 50, 512), training=True),
         OpCase("attention_decoder", "bfloat16", (32, 30, 50, 512), training=True),
+        *(
+            OpCase("attention_decoder", "float32", (32, 30, 50, 512), True, variant)
+            for variant in ("coverage", "luong", "location")
+        ),
         *(
             OpCase("gated_bridge", dtype, (b, 512))
             for dtype in ("float32", "bfloat16")

@@ -33,7 +33,8 @@ class OpCase:
 
     variant: of attention: "" all keys, "padded" lengths from a quarter of S to S, as a mask for
     torch; "weights" returned too; "backward" alone, the forward's results at hand. Of the encoder:
-    "padded" to about half real tokens, as a mask.
+    "padded" to about half real tokens, as a mask. Of the attention decoder, whose attention is
+    additive: "coverage" with it; "luong" general scores and an output layer; "location".
     """
 
     op: Op
@@ -64,8 +65,10 @@ class OpCase:
             return 6 * 2 * b * t * (4 * 512 * 512 + 2 * 512 * 2048 + 2 * 512 * t)
         if self.op == "attention_decoder":
             b, tq, s, h = self.shape
-            step = 2 * (4 * h * 3 * h + h * h) * b * tq
-            return 3 * (step + 2 * b * s * h * h)
+            # Of the query, of [context; h], of [x; h]; keys of the memory.
+            query = {"luong": 2 * h * h, "location": 2 * h * s}.get(self.variant, h * h)
+            keys = 0 if self.variant == "location" else b * s * h * h
+            return 3 * 2 * ((4 * h * 3 * h + query) * b * tq + keys)
         if self.op in ("translation", "recurrent_translation", "pronunciation"):
             from benchmarks import generation_cases
 

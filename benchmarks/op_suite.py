@@ -241,7 +241,7 @@ BARS = (
     ),
     OpBar(
         "attention decoder float32, forward and backward, over a torch loop",
-        lambda c: c.op == "attention_decoder" and c.dtype == "float32",
+        lambda c: c.op == "attention_decoder" and c.dtype == "float32" and not c.variant,
         _FROM_TORCH,
         4,
     ),
