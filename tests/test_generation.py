@@ -24,6 +24,7 @@ from encdec_fast import explain, use_backend
 from encdec_fast.backends import library
 from encdec_fast.generation import GenerationConfig, GenerationOutput, generate, packed_bytes
 from encdec_fast.models import RecurrentEncoderDecoder, TransformerEncoderDecoder
+from encdec_fast.nn import AdditiveAttention, AttentionDecoder, LuongAttention
 
 pytestmark = pytest.mark.usefixtures("native")
 
@@ -52,6 +53,18 @@ def recurrent(cell: str, attention: str | None, layers: int, H: int = 18, E: int
     )
 
 
+def attending(attention: nn.Module, cell: str, layers: int) -> Any:
+    """A model around an attention that it has no name for."""
+    model = recurrent(cell, "additive", layers)
+    model.decoder = AttentionDecoder(7, 18, 18, attention, cell)
+    return model
+
+
+def attentional(score: str) -> nn.Module:
+    """With an output layer, whose vector is fed in the context's place."""
+    return LuongAttention(18, 18, score, output_size=18)
+
+
 def transformer(heads: int, head_size: int, **options: Any) -> Any:
     sizes = (heads * head_size, heads, 2, 2, 45)
     return TransformerEncoderDecoder(SOURCES, TARGETS, *sizes, max_length=30, **options)
@@ -67,6 +80,11 @@ BUILDERS: dict[str, Callable[[], Any]] = {
     "lstm-additive-wide": lambda: recurrent("lstm", "additive", 2, E=TARGETS),
     "gru-location-wide": lambda: recurrent("gru", "location", 1, E=TARGETS),
     "gru-None-wide": lambda: recurrent("gru", None, 1, E=TARGETS + 1),
+    "lstm-covering-2": lambda: attending(AdditiveAttention(18, 18, 11, True), "lstm", 2),
+    "gru-covering-1": lambda: attending(AdditiveAttention(18, 18, 16, True), "gru", 1),
+    "lstm-attentional-2": lambda: attending(attentional("general"), "lstm", 2),
+    "lstm-attentional-3": lambda: attending(attentional("concat"), "lstm", 3),
+    "gru-attentional-1": lambda: attending(attentional("dot"), "gru", 1),
     "pre-relu-5": lambda: transformer(4, 5),
     "post-gelu-22": lambda: transformer(2, 22, norm_first=False, activation="gelu"),
     "pre-gelu-16": lambda: transformer(2, 16, activation="gelu", tied_output=True),
@@ -79,6 +97,8 @@ FEW = (
     "lstm-location-1",
     "lstm-additive-wide",
     "gru-location-wide",
+    "lstm-covering-2",
+    "lstm-attentional-2",
     "pre-relu-5",
     "post-gelu-22",
 )
@@ -521,6 +541,8 @@ def test_products_with_a_context_by_way_of_the_memory(name: str, beams: int) -> 
     assert tokens_of(found) == tokens_of(assert_agrees(name, given))
     decoder = model.generation_decoder()
     readers = min(2, len(decoder.layers)) + 1 if decoder.attends else 1
+    if decoder.attentional is not None:  # all others read what is made of the sum
+        readers = 1
     # Of the ten sentences all but the longest, and all where a context is the same at each step.
     most = readers * len(SENTENCES)
     assert 0.5 * most < timing["products_by_memory"] <= most

@@ -255,7 +255,7 @@ class AttentionFeed {
       }
       softmax_row(scores, n, 1.0f);
     } else if (n > 0) {
-      memory_.attend(b, q(b), own_, places_.query, scores);
+      memory_.attend(b, q(b), own_, places_.query, scores, memory_.coverage(b));
     }
     if (m_.covered()) cover(b, t, n, scores);
     float* const to = call_.weights + (b * T_ + t) * size;

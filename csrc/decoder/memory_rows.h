@@ -31,7 +31,8 @@ struct MemoryPlaces {
   int64_t padded;        // keys of a sentence, up to whole blocks
   int64_t direct;        // float [B]: not 0 where the keys are rows of 2k
   int64_t v;             // float [A]
-  int64_t u, coverage;   // with coverage: float [A]; float [B][padded]: the sums of weights so far
+  int64_t u;             // with coverage: float [A]
+  int64_t coverage;  // float [B][padded]: the sums of weights so far, where they begin with some
 };
 
 inline MemoryPlaces memory_places(const Memory& m, int64_t B, Layout& layout) {
@@ -42,7 +43,7 @@ inline MemoryPlaces memory_places(const Memory& m, int64_t B, Layout& layout) {
   p.direct = layout.take(B * 4);
   p.v = layout.take(round_up(m.A, kLanes) * 4);
   p.u = layout.take(m.covered() ? round_up(m.A, kLanes) * 4 : 0);
-  p.coverage = layout.take(m.covered() ? B * p.padded * 4 : 0);
+  p.coverage = layout.take(m.coverage ? B * p.padded * 4 : 0);
   return p;
 }
 
@@ -90,7 +91,9 @@ class MemoryRows {
     }
     if (m_.covered()) {
       if (b == 0) float_row(m_.coverage_weight, dtype_, m_.A, floats(p_.u));
-      float_row(m_.coverage + b * m_.S * element_bytes(dtype_), dtype_, n, coverage(b));
+      if (m_.coverage) {
+        float_row(m_.coverage + b * m_.S * element_bytes(dtype_), dtype_, n, coverage(b));
+      }
     }
     if (m_.score == Score::kDot || m_.covered()) {
       for (int64_t s = 0; s < n; ++s) float_row(m_.keys.at(b, s), dtype_, m_.A, key(b, s));
@@ -128,18 +131,19 @@ class MemoryRows {
     }
   }
 
-  // The weights that a query gives to the keys of sentence b, which has some.
-  void attend(int64_t b, const float* query, char* own, const QueryPlaces& places,
-              float* weights) const {
+  // The weights that a query gives to the keys of sentence b, which has some. sums: with coverage,
+  // of the weights before.
+  void attend(int64_t b, const float* query, char* own, const QueryPlaces& places, float* weights,
+              const float* sums) const {
     float* const factors = reinterpret_cast<float*>(own + places.factors);
     float* const keys = reinterpret_cast<float*>(own + places.keys);
     const int64_t n = m_.keys_of(b);
     if (m_.score == Score::kDot) {
       dots(b, n, query, factors, weights);
     } else if (m_.covered()) {
-      additive<true>(b, n, query, factors, keys, weights);
-    } else if (direct(b) || !additive<false>(b, n, query, factors, keys, weights)) {
-      additive<true>(b, n, query, factors, keys, weights);
+      additive<true>(b, n, query, factors, keys, weights, sums);
+    } else if (direct(b) || !additive<false>(b, n, query, factors, keys, weights, nullptr)) {
+      additive<true>(b, n, query, factors, keys, weights, nullptr);
     }
     softmax_row(weights, n, m_.score == Score::kDot ? m_.scale : -2.0f);
   }
@@ -155,8 +159,8 @@ class MemoryRows {
 
   // Sums of v / (1 + q k), or false where the query is out of range.
   template <bool direct_form>
-  bool additive(int64_t b, int64_t n, const float* query, float* own, float* block,
-                float* scores) const {
+  bool additive(int64_t b, int64_t n, const float* query, float* own, float* block, float* scores,
+                const float* sums) const {
     const bool good = factor_row<direct_form>(
         Format::kFloat32, reinterpret_cast<const char*>(query), m_.A, nullptr, nullptr, own);
     if (!good) return false;
@@ -164,7 +168,7 @@ class MemoryRows {
       const int64_t count = n - s < kKeyBlock ? n - s : kKeyBlock;
       const float* keys = key(b, s);
       if (m_.covered()) {
-        covered_keys(b, s, count, coverage(b) + s, block);
+        covered_keys(b, s, count, sums + s, block);
         keys = block;
       } else if (direct_form && !direct(b)) {
         direct_keys(b, s, count, block);

@@ -158,19 +158,24 @@ struct ContextRows {
   int64_t stride = 0;           // floats
 };
 // Who reads the context.
-enum ContextReader { kFirstLayer, kSecondLayer, kOutput, kContextReaders };
+enum ContextReader { kFirstLayer, kSecondLayer, kOutput, kAttentional, kContextReaders };
 
 // Layer 0 reads [token's embedding; context], the others the state below them; the first of them
-// beside it the context, where there is attention.
+// beside it the context, where there is attention. With an attentional vector (Luong et al., 2015,
+// eq. 5), f = tanh(W [c; h]) of the lowest layer's h, all of them read it in the context's place.
 struct RecurrentStep {
   int64_t E = 0, H = 0, M = 0, A = 0, V = 0;  // M: of the context
+  int64_t F = 0;                              // of the context, or of what stands in its place
   Table embedding;
   const RecurrentLayer* layers = nullptr;
   int64_t layer_count = 0;
   Attention attention_kind = Attention::kNone;
-  Projection query;              // N = 0: the query is the state itself
-  const float* score = nullptr;  // v [A], additive
-  Projection location;           // [embedding; state] to scores of positions
+  Projection query;                           // N = 0: the query is the state itself
+  const float* score = nullptr;               // v [A], additive
+  Projection location;                        // [embedding; state] to scores of positions
+  Projection attentional, attentional_state;  // W's parts for c and for h; N = 0: none
+  // u [A]: key s is k_s + c_s u, c_s the sum of its weights so far (additive); null: no coverage.
+  const float* coverage_weight = nullptr;
   OutputLayer output;
 
   int64_t B = 0, S = 0;
@@ -187,11 +192,11 @@ struct RecurrentStep {
   const int32_t* tokens = nullptr;
   const int32_t* parents = nullptr;  // rows of the states before
   const int32_t* sentences = nullptr;
-  // [layer][row][H] before and after; c for LSTM only; context [row][M]; weights
-  // [row][weights_stride]: of the rows of its sentence in context_rows.
+  // [layer][row][H] before and after; c for LSTM only; context [row][F]; weights
+  // [row][weights_stride]: of the rows of its sentence in context_rows; coverage likewise.
   const float *h_before = nullptr, *c_before = nullptr, *context_before = nullptr;
-  const float* weights_before = nullptr;
-  float *h = nullptr, *c = nullptr, *context = nullptr, *weights = nullptr;
+  const float *weights_before = nullptr, *coverage_before = nullptr;
+  float *h = nullptr, *c = nullptr, *context = nullptr, *weights = nullptr, *coverage = nullptr;
   int64_t state_rows = 0;  // rows that a layer's states have room for
   StepScores scores;
 

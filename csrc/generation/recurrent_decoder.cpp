@@ -73,13 +73,14 @@ void RecurrentDecoder::begin(const Encoded& encoded, int64_t rows, int64_t limit
 }
 
 void RecurrentDecoder::start_states(const Encoded& encoded) {
-  const int64_t B = encoded.B, H = step_.H, M = step_.M, layers = step_.layer_count;
+  const int64_t B = encoded.B, H = step_.H, F = step_.F, layers = step_.layer_count;
   const int64_t rows = step_.state_rows, stride = step_.weights_stride;
   for (States& s : states_) {
     grow(s.h, layers * rows * H * 4);
     grow(s.c, layers * rows * H * 4);
-    grow(s.context, std::max<int64_t>(1, rows * M) * 4);
+    grow(s.context, std::max<int64_t>(1, rows * F) * 4);
     grow(s.weights, rows * stride * 4);
+    if (step_.coverage_weight) grow(s.coverage, rows * stride * 4);
   }
   before_ = 0;
   const States& first = states_[0];
@@ -89,10 +90,11 @@ void RecurrentDecoder::start_states(const Encoded& encoded) {
     if (encoded.c) std::memcpy(floats(first.c) + l * rows * H, encoded.c + l * B * H, bytes);
   }
   if (encoded.context) {
-    std::copy_n(encoded.context, B * M, floats(first.context));
+    std::copy_n(encoded.context, B * F, floats(first.context));
   } else {
-    std::fill_n(floats(first.context), B * M, 0.0f);
+    std::fill_n(floats(first.context), B * F, 0.0f);
   }
+  if (step_.coverage_weight) std::fill_n(floats(first.coverage), B * stride, 0.0f);
   std::fill_n(floats(first.weights), B * stride, 0.0f);
   for (int64_t b = 0; b < B; ++b) floats(first.weights)[b * stride] = 1.0f;
 }
@@ -110,6 +112,7 @@ void RecurrentDecoder::project_keys(const Encoded& encoded, int threads) {
 const Projection& RecurrentDecoder::context_of(int reader) const {
   static const Projection none;
   if (reader == kOutput) return step_.output.context;
+  if (reader == kAttentional) return step_.attentional;
   return reader < step_.layer_count ? model_->layers[static_cast<size_t>(reader)].context : none;
 }
 
@@ -123,7 +126,8 @@ void RecurrentDecoder::pack_memory(const Encoded& encoded) {
   grow(packed_memory_, std::max<int64_t>(1, first_rows_.back() * M) * 4);
   float* to = floats(packed_memory_);
   for (int64_t b = 0; b < encoded.B; ++b) {
-    to = encoded.context ? std::copy_n(encoded.context + b * M, M, to) : std::fill_n(to, M, 0.0f);
+    to = encoded.context && step_.attentional.N == 0 ? std::copy_n(encoded.context + b * M, M, to)
+                                                     : std::fill_n(to, M, 0.0f);
     const int64_t* const first = &first_rows_[static_cast<size_t>(b)];
     const int64_t positions = first[1] - first[0] - 1;
     if (positions > 0) to = std::copy_n(encoded.memory + b * encoded.S * M, positions * M, to);
@@ -148,6 +152,9 @@ void RecurrentDecoder::project_contexts(const Encoded& encoded, int64_t limit, i
     to = {};
     if (p.N == 0) continue;
     to.stride = staged_row_bytes(Format::kFloat32, p.N) / 4;
+    // What reads an attentional vector does not read the sum over the memory itself.
+    const bool reads_sum = step_.attentional.N == 0 || reader == kAttentional;
+    if (!reads_sum) continue;
     if (!worth_rows(p, step_.format, positions, step_.rows, steps)) {
       step_.contexts = true;
       continue;
@@ -174,10 +181,12 @@ void RecurrentDecoder::step(const StepRows& rows, const StepScores& scores) {
   step_.c_before = floats(before.c);
   step_.context_before = floats(before.context);
   step_.weights_before = floats(before.weights);
+  step_.coverage_before = floats(before.coverage);
   step_.h = floats(after.h);
   step_.c = floats(after.c);
   step_.context = floats(after.context);
   step_.weights = floats(after.weights);
+  step_.coverage = floats(after.coverage);
   step_.scores = scores;
   kernels(chosen_isa()).recurrent_step(step_);
 }

@@ -51,7 +51,7 @@ class RecurrentDecoder : public Decoder {
 
  private:
   struct States {
-    AlignedBuffer h, c, context, weights;
+    AlignedBuffer h, c, context, weights, coverage;
   };
   void start_states(const Encoded& encoded);
   void project_keys(const Encoded& encoded, int threads);

@@ -28,6 +28,7 @@ inline decoder::Memory memory_of(const RecurrentStep& s) {
   m.M = s.M;
   m.score_weight = reinterpret_cast<const char*>(s.score);
   m.keys = {const_cast<char*>(reinterpret_cast<const char*>(s.keys)), s.S * s.A * 4, s.A * 4};
+  m.coverage_weight = reinterpret_cast<const char*>(s.coverage_weight);
   m.lengths = s.memory_lengths;
   return m;
 }
@@ -60,7 +61,7 @@ struct StagedPlaces {
 };
 
 struct RecurrentPlaces {
-  int64_t input, gates, query, first_weights;  // rows of floats
+  int64_t input, gates, query, first_weights, contexts;  // rows of floats
   StagedPlaces staged, context, hidden;
   int64_t scans, input_size;
   int64_t member;
@@ -81,8 +82,9 @@ inline RecurrentPlaces recurrent_places(const RecurrentStep& s) {
   p.gates = all.take(s.rows * row_floats(4 * s.H) * 4);
   p.query = all.take(s.rows * row_floats(std::max(s.A, s.location.N)) * 4);
   p.first_weights = all.take(s.rows * s.weights_stride * 4);
+  p.contexts = all.take(s.rows * row_floats(s.attentional.N > 0 ? s.M : 0) * 4);
   p.staged = staged(p.input_size);
-  p.context = staged(s.contexts ? s.M : 0);
+  p.context = staged(s.contexts || s.attentional.N > 0 ? std::max(s.M, s.F) : 0);
   p.hidden = staged(s.H);
   p.scans = all.take(s.threads * score_bytes(s.rows));
   p.member = all.end();
@@ -107,8 +109,10 @@ class RecurrentRun {
         query_(rows_at(places_.query, std::max(step.A, step.location.N))),
         first_weights_{reinterpret_cast<float*>(step.workspace + places_.first_weights),
                        step.weights_stride},
+        contexts_(step.attentional.N > 0 ? rows_at(places_.contexts, step.M)
+                                         : FloatRows{step.context, step.F}),
         staged_(places_.staged.at(step.workspace)),
-        contexts_(places_.context.at(step.workspace)),
+        staged_contexts_(places_.context.at(step.workspace)),
         hidden_(places_.hidden.at(step.workspace)),
         own_(step.workspace + places_.member + rank * places_.member_bytes) {
     // Tiles of one query read the rows behind it, which must be numbers.
@@ -127,6 +131,7 @@ class RecurrentRun {
       team_.wait();
       team_.each(s_.rows, [&](int64_t r) { update(l, r); });
       if (l == 0 && scores_keys(s_.attention_kind)) attend();
+      if (l == 0 && s_.attentional.N > 0) make_attentional();
       // The next layer's rows are staged by the members that own them; nobody reads them before.
     }
     team_.each(s_.rows, [&](int64_t r) {
@@ -165,9 +170,9 @@ class RecurrentRun {
     return weights.N > 0 && !s_.context_rows[reader].data;
   }
   static ContextReader reader_of(int64_t l) { return l == 0 ? kFirstLayer : kSecondLayer; }
-  // Of the row of contexts `from` that row r reads.
+  // What stands in the context's place in row `from`, which row r reads.
   void stage_context(const float* contexts, int64_t from, int64_t r) const {
-    team_.stage(contexts + from * s_.M, s_.M, contexts_, r);
+    team_.stage(contexts + from * s_.F, s_.F, staged_contexts_, r);
   }
   // What stands in for a context without attention is the same in all steps.
   bool constant() const { return s_.attention_kind == Attention::kNone; }
@@ -194,7 +199,7 @@ class RecurrentRun {
       copy(from, count, first_weights_.at(r));
       if (constant()) copy(from, count, weights().at(r));
       if (constant() && s_.contexts) {
-        copy(s_.context_before + parent * s_.M, s_.M, s_.context + r * s_.M);
+        copy(s_.context_before + parent * s_.F, s_.F, s_.context + r * s_.F);
       }
     }
     if (multiplies(layer.context, kFirstLayer)) {
@@ -243,7 +248,7 @@ class RecurrentRun {
                    const Panels& panels, const Put& put) const {
     if (p.N == 0) return;
     if (multiplies(p, reader)) {
-      team_.multiply(p, contexts_, s_.rows, panels, put);
+      team_.multiply(p, staged_contexts_, s_.rows, panels, put);
       return;
     }
     const ContextRows& rows = s_.context_rows[reader];
@@ -321,9 +326,35 @@ class RecurrentRun {
       for (int64_t a = s_.A; a < round_up(s_.A, kLanes); ++a) query[a] = 0.0f;
       const int64_t sentence = s_.sentences[r], n = positions_of(sentence);
       float* const own = position_weights(r);
-      if (n > 0) keys_.attend(sentence, query, own_, places_.own, own);
+      const int64_t covered = s_.coverage_weight ? s_.parents[r] * s_.weights_stride : 0;
+      const float* const sums = s_.coverage_weight ? s_.coverage_before + covered : nullptr;
+      if (n > 0) keys_.attend(sentence, query, own_, places_.own, own, sums);
+      for (int64_t i = 0; s_.coverage_weight && i < n; ++i) {
+        s_.coverage[r * s_.weights_stride + i] = sums[i] + own[i];
+      }
       read_memory(r, own, n);
     });
+  }
+
+  // tanh(W [c; h]). What each row's context and state are staged from, its own member has written.
+  void make_attentional() const {
+    team_.wait();  // hidden rows of the query's product have been read
+    team_.each(s_.rows, [&](int64_t r) {
+      team_.stage(after(s_.h, 0, r), s_.H, hidden_, r);
+      if (multiplies(s_.attentional, kAttentional)) {
+        team_.stage(contexts_.at(r), s_.M, staged_contexts_, r);
+      }
+    });
+    team_.wait();
+    const FloatRows to{s_.context, s_.F};
+    team_.multiply(s_.attentional_state, hidden_, s_.rows,
+                   [&](int64_t r, int64_t c, Float y, int lanes)
+                       __attribute__((always_inline)) { store_lanes(to.at(r) + c, y, lanes); });
+    add_context(s_.attentional, kAttentional, weights(), team_.own_panels(s_.F),
+                [&](int64_t r, int64_t c, Float y, int lanes) __attribute__((always_inline)) {
+                  store_lanes(to.at(r) + c, tanh(add(load_lanes(to.at(r) + c, lanes), y)), lanes);
+                });
+    team_.wait();
   }
 
   // Weights that depend on the place alone: of [embedding; state before], over the first positions.
@@ -364,7 +395,7 @@ class RecurrentRun {
     const float* const values = s_.values + s_.sentences[r] * s_.S * s_.M;
     weigh<Format::kFloat32>(1, weights, 0, 1, n, reinterpret_cast<const char*>(values), s_.M * 4,
                             s_.M, [&](int64_t, int64_t c, Float sum, int lanes) {
-                              store_lanes(s_.context + r * s_.M + c, sum, lanes);
+                              store_lanes(contexts_.at(r) + c, sum, lanes);
                             });
   }
 
@@ -373,8 +404,8 @@ class RecurrentRun {
   const RecurrentPlaces places_;
   const decoder::Memory memory_;
   const MemoryRows keys_;
-  const FloatRows input_, gates_, query_, first_weights_;
-  const StagedRows staged_, contexts_, hidden_;
+  const FloatRows input_, gates_, query_, first_weights_, contexts_;
+  const StagedRows staged_, staged_contexts_, hidden_;
   char* const own_;
 };
 

@@ -139,12 +139,16 @@ std::shared_ptr<RecurrentModel> recurrent_model(const py::dict& sizes, const py:
   s.E = f.get<int64_t>("embedding_size", 0);
   s.H = f.get<int64_t>("hidden_size", 0);
   s.M = f.get<int64_t>("context_size", 0);
+  s.F = f.get<int64_t>("fed_size", s.M);
   s.A = f.get<int64_t>("attention_size", 0);
   s.embedding = f.table("embedding");
   s.attention_kind = static_cast<Attention>(f.get<int>("attention", 0));
   s.query = f.projection("query");
   s.score = f.floats("score", s.A);
   s.location = f.projection("location");
+  s.attentional = f.projection("attentional");
+  s.attentional_state = f.projection("attentional_state");
+  s.coverage_weight = f.floats("coverage_weight", s.A);
   s.output.projection = f.projection("output");
   s.output.context = f.projection("output_context");
   s.V = s.output.projection.N;

@@ -73,8 +73,12 @@ class RecurrentDecoder:
     size M. attention: None (what stands in for a context is the same at each step: E. g. a vector
     of the bridge, or nothing), "additive", "dot" or "location". query: of the first layer's state,
     None: the state itself; keys: of the memory, None: itself; score (A): v of additive scores;
-    location: from [embedding; state before] to the scores of positions. output: from [state;
-    context], or without context_in_output from the state, to the scores of tokens.
+    location: from [embedding; state before] to the scores of positions. coverage (A): of additive
+    scores, u: the sum of a position's weights so far, times u, is added to its key (Tu et al.,
+    2016). attentional: of additive and dot scores, from [context; state] of the first layer; its
+    tanh is read in the context's place, by the next step too (Luong et al., 2015, section 3.1).
+    output: from [state; context], or without context_in_output from the state, to the scores of
+    tokens.
     """
 
     embedding: Tensor
@@ -87,10 +91,17 @@ class RecurrentDecoder:
     score: Tensor | None = None
     location: Affine | None = None
     context_in_output: bool = True
+    coverage: Tensor | None = None
+    attentional: Affine | None = None
 
     @property
     def hidden_size(self) -> int:
         return self.layers[0].hidden.weight.shape[1]
+
+    @property
+    def fed_size(self) -> int:
+        """Of the context, or of what stands in its place."""
+        return self.context_size if self.attentional is None else len(self.attentional.weight)
 
     @property
     def attends(self) -> bool:
@@ -114,6 +125,7 @@ class RecurrentDecoder:
             "embedding_size": self.embedding.shape[1],
             "hidden_size": H,
             "context_size": self.context_size,
+            "fed_size": self.fed_size,
             "attention_size": A,
             "attention": ATTENTIONS[self.attention],
             "embedding": pack.table(self.embedding),
@@ -130,6 +142,12 @@ class RecurrentDecoder:
             sizes["memory_keys"] = pack.affine(self.keys)
         if self.score is not None:
             sizes["score"] = pack.vector(self.score)
+        if self.coverage is not None:
+            sizes["coverage_weight"] = pack.vector(self.coverage)
+        if self.attentional is not None:
+            weight, M = self.attentional.weight, self.context_size
+            sizes["attentional"] = pack.affine(Affine(weight[:, :M]))
+            sizes["attentional_state"] = pack.affine(Affine(weight[:, M:], self.attentional.bias))
         layers = [self._compile_layer(index, pack) for index in range(len(self.layers))]
         assert library.extension is not None
         return library.extension.RecurrentModel(sizes, layers, *pack.rest())

@@ -108,17 +108,15 @@ def attention_decoder(
     attention: Any = cell.attention
     options: dict[str, Any] = {}
     if type(attention) is fast.AdditiveAttention:
-        if attention.coverage:
-            raise NotDescribed("AdditiveAttention with coverage looks at all earlier steps")
         options = {
             "attention": "additive",
             "query": affine(attention.query_proj),
             "keys": affine(attention.memory_proj),
             "score": attention.score.weight[0],
         }
+        if attention.coverage:
+            options["coverage"] = attention.coverage_proj.weight[:, 0]
     elif type(attention) is fast.LuongAttention:
-        if attention.output_size is not None:
-            raise NotDescribed("LuongAttention with output_size")
         options = {"attention": "dot"}
         if attention.score == "concat":
             options = {
@@ -129,6 +127,8 @@ def attention_decoder(
             }
         elif attention.score == "general":
             options["keys"] = affine(attention.memory_proj)
+        if attention.output_size is not None:
+            options["attentional"] = affine(attention.output_proj)
     elif type(attention) is fast.LocationAttention:
         options = {"attention": "location", "location": affine(attention.attn)}
     else:
@@ -136,7 +136,9 @@ def attention_decoder(
     layers = recurrent_layers(cell.cell)
     if upper is not None:
         layers += recurrent_layers(upper)
-    return RecurrentDecoder(embedding, layers, output, cell.memory_size, **options)
+    # A cell's memory_size is what it is fed, an attentional vector's where there is one.
+    size = attention.memory_size if "attentional" in options else cell.memory_size
+    return RecurrentDecoder(embedding, layers, output, size, **options)
 
 
 _ACTIVATIONS: dict[Any, str] = {F.relu: "relu", F.gelu: "gelu", F.silu: "silu"}

@@ -232,7 +232,7 @@ def check_encoded(decoder: Decoder, encoded: Encoded, B: int) -> None:
         for state in states:
             check("a state", state, shape)
         if encoded.context is not None:
-            check("context", encoded.context, (B, decoder.context_size))
+            check("context", encoded.context, (B, decoder.fed_size))
         if decoder.attends:
             check("memory", memory, (B, S, decoder.context_size))
     else:

@@ -410,9 +410,13 @@ const float* token_gates(const Table& embedding, int64_t N, int64_t E) {
   return found.data();
 }
 
+// With `more` additive attention has a coverage, and with a dot product an attentional vector is
+// fed.
 Batch recurrent(Format format, rnn::Cell cell, Attention attention, int64_t layers, int64_t B,
-                int64_t S, int64_t E, int64_t H, int64_t M, int64_t A, int64_t V) {
+                int64_t S, int64_t E, int64_t H, int64_t M, int64_t A, int64_t V,
+                bool more = false) {
   const int64_t gates = rnn::gate_count(cell);
+  const int64_t F = more && attention == Attention::kDot ? M + 3 : M;
   auto model = std::make_shared<RecurrentModel>(format);
   PackedWeights& w = model->weights;
   RecurrentStep& s = model->step;
@@ -421,15 +425,21 @@ Batch recurrent(Format format, rnn::Cell cell, Attention attention, int64_t laye
   s.E = E;
   s.H = H;
   s.M = M;
+  s.F = F;
   s.V = V;
   s.attention_kind = attention;
   s.embedding = table(V, E);
   s.output.projection = projection(w, V, H);
-  if (attends) s.output.context = projection(w, V, M, false);
+  if (attends) s.output.context = projection(w, V, F, false);
+  if (F != M) {
+    s.attentional = projection(w, F, M, false);
+    s.attentional_state = projection(w, F, H);
+  }
   if (attention == Attention::kAdditive) {
     s.A = A;
     s.query = projection(w, A, H);
     s.score = w.floats(keep(A, 1.0f).data(), A);
+    if (more) s.coverage_weight = w.floats(keep(A, 1.0f).data(), A);
   }
   if (attention == Attention::kDot) s.A = H;
   if (s.A > 0) model->memory_keys = projection(w, s.A, M);
@@ -439,7 +449,7 @@ Batch recurrent(Format format, rnn::Cell cell, Attention attention, int64_t laye
     layer.cell = cell;
     layer.input = projection(w, gates * H, l == 0 ? E : H);
     if (l == 0 && E >= V) layer.token_gates = token_gates(s.embedding, gates * H, E);
-    if (l == 0 || (l == 1 && attends)) layer.context = projection(w, gates * H, M, false);
+    if (l == 0 || (l == 1 && attends)) layer.context = projection(w, gates * H, F, false);
     layer.hidden = projection(w, gates * H, H);
     model->layers.push_back(layer);
   }
@@ -469,7 +479,8 @@ Batch recurrent(Format format, rnn::Cell cell, Attention attention, int64_t laye
                           batch.lengths.data() + first};
     for (int turn = 0; turn < 2; ++turn) decoder->begin(encoded, rows, batch.limit, threads);
     by_memory += decoder->products_by_memory();
-    by_context += (attends ? std::min<int64_t>(layers, 2) + 1 : 1) - decoder->products_by_memory();
+    const int64_t readers = F != M ? 1 : attends ? std::min<int64_t>(layers, 2) + 1 : 1;
+    by_context += readers - decoder->products_by_memory();
     return decoder;
   };
   return batch;
@@ -496,6 +507,9 @@ void test_decoders() {
       for (const Attention kind : kKinds) {
         both(recurrent(format, cell, kind, 1, 1, 1, 1, 1, 1, 1, 5));
         both(recurrent(format, cell, kind, 3, 4, 19, 7, 21, 35, 18, 67));
+        if (kind != Attention::kAdditive && kind != Attention::kDot) continue;
+        both(recurrent(format, cell, kind, 1, 1, 1, 1, 1, 1, 1, 5, true));
+        both(recurrent(format, cell, kind, 3, 4, 19, 7, 21, 35, 18, 67, true));
       }
     }
     both(recurrent(format, rnn::Cell::kGru, Attention::kAdditive, 2, 5, 9, 40, 90, 70, 50, 300));

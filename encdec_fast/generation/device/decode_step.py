@@ -30,6 +30,8 @@ def why_not(decoder: Any) -> str:
         return "its decode step has LSTM and GRU, one of them for all layers"
     if len(decoder.layers) > 8:
         return "its decode step has at most 8 layers"
+    if decoder.attentional is not None or decoder.coverage is not None:
+        return "its decode step has no attentional vectors and no coverage"
     if decoder.attention not in _ATTENTIONS:
         return f"its decode step has no {decoder.attention} attention"
     sizes = [decoder.embedding.shape[1], decoder.hidden_size, decoder.context_size]

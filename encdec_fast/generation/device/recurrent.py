@@ -36,13 +36,15 @@ class RecurrentSteps:
         H, M, layers = decoder.hidden_size, decoder.context_size, len(decoder.layers)
         parts = 2 if decoder.layers[0].cell == "lstm" else 1
         self.states = [weights.zeros(layers, B * K, H) for _ in range(parts)]
-        self.context = weights.zeros(B * K, M)
-        self.values = self.keys = None
+        self.context = weights.zeros(B * K, decoder.fed_size)
+        self.values = self.keys = self.coverage = None
         if decoder.attends:
             self.values = weights.zeros(B, S, M)
             self.lengths = torch.zeros(B, dtype=torch.int64, device=weights.device)
             if decoder.keys is not None:
                 self.keys = weights.zeros(B, S, decoder.keys.weight.shape[0])
+            if decoder.coverage is not None:
+                self.coverage = weights.zeros(B * K, S)
         self.launch = DecodeStep(decoder, weights, B * K, S) if one_launch else None
 
     def begin(self, encoded: Encoded) -> None:
@@ -61,6 +63,8 @@ class RecurrentSteps:
         put(encoded.memory, self.values)
         self.lengths.zero_()
         self.lengths[: len(encoded.lengths)] = torch.tensor(list(encoded.lengths))
+        if self.coverage is not None:
+            self.coverage.zero_()
         if self.keys is not None and self.decoder.keys is not None:
             self.keys.copy_(self.weights.affine(self.decoder.keys, self.values))
 
@@ -89,7 +93,14 @@ class RecurrentSteps:
             for state, own in zip(self.states, new, strict=True):
                 state[i] = own
             if i == 0 and decoder.attention in ("additive", "dot"):
-                context, shown = self._attend(new[0])
+                context, shown = (
+                    self._attend(new[0])
+                    if self.coverage is None
+                    else self._attend_covered(new[0], self.coverage.index_select(0, parents))
+                )
+                if decoder.attentional is not None:
+                    both = torch.cat([context, new[0]], 1)
+                    context = torch.tanh(self.weights.affine(decoder.attentional, both))
             x = torch.cat([new[0], context], 1) if i == 0 and decoder.attends else new[0]
         self.context.copy_(context)
         if decoder.context_in_output and not (len(decoder.layers) == 1 and decoder.attends):
@@ -128,6 +139,26 @@ class RecurrentSteps:
         return context.reshape(self.B * self.K, -1), None if weights is None else weights.reshape(
             self.B * self.K, -1
         )
+
+    def _attend_covered(self, state: Tensor, coverage: Tensor) -> tuple[Tensor, Tensor]:
+        """Each row has looked elsewhere before, so that it has a memory of its own."""
+        decoder, own = self.decoder, self.weights
+        assert decoder.query is not None and decoder.score is not None
+        assert decoder.coverage is not None and self.coverage is not None
+        assert self.values is not None
+        keys = self.values if self.keys is None else self.keys
+        context, weights = additive_attention(
+            own.affine(decoder.query, state).unsqueeze(1),
+            keys.repeat_interleave(self.K, 0),
+            self.values.repeat_interleave(self.K, 0),
+            own(decoder.score),
+            self.lengths.repeat_interleave(self.K),
+            need_weights=True,
+            coverage=coverage,
+            coverage_weight=own(decoder.coverage),
+        )
+        self.coverage.copy_(coverage + weights[:, 0])
+        return context[:, 0], weights[:, 0]
 
     def _locate(self, input: Tensor) -> tuple[Tensor, Tensor]:
         """Weights that depend on the place alone, over the first positions."""
