@@ -336,9 +336,9 @@ class RecurrentRun {
     });
   }
 
-  // tanh(W [c; h]). What each row's context and state are staged from, its own member has written.
+  // tanh(W [c; h]). A row's context and state are staged by the member that has written them; all
+  // have read what was staged before.
   void make_attentional() const {
-    team_.wait();  // hidden rows of the query's product have been read
     team_.each(s_.rows, [&](int64_t r) {
       team_.stage(after(s_.h, 0, r), s_.H, hidden_, r);
       if (multiplies(s_.attentional, kAttentional)) {
