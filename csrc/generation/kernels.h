@@ -185,7 +185,7 @@ struct RecurrentStep {
   char* memory_rows = nullptr;              // what `prepare` makes of the keys for all steps
   ContextRows context_rows[kContextReaders];
   const int64_t* first_rows = nullptr;  // [B]: of each sentence, in all of them
-  bool contexts = true;                 // whether somebody multiplies the context itself
+  bool multiplies_context = true;       // whether somebody multiplies the sum itself
   int64_t weights_stride = 0;
 
   int64_t rows = 0;

@@ -11,21 +11,23 @@ namespace {
 
 float* floats(const AlignedBuffer& buffer) { return reinterpret_cast<float*>(buffer.data()); }
 
-// In units of the time in which one weight is read: a float of a row from cache, or from memory
-// where the rows are many; the products of ten rows with a weight.
-constexpr double kRowsPerRead = 10.0, kFromMemory = 3.0;
-constexpr int64_t kInCache = int64_t{8} << 20, kMostBytes = int64_t{256} << 20;
+constexpr double kRowsPerRead = 10.0;  // rows that a weight is multiplied with while one is read
+constexpr double kFromMemory = 3.0;    // how much longer a float from memory takes than from cache
+constexpr int64_t kInCache = int64_t{8} << 20, kMostBytes = int64_t{64} << 20;
 
-// Whether so many steps of so many rows are faster by way of the memory's positions (ContextRows).
+// Whether so many steps of so many rows are faster by way of the memory (ContextRows), of which
+// there are `positions` rows in all. In units of the time in which a weight is read, per output:
+//   by the context:  steps * K * max(1, rows / kRowsPerRead)
+//   by the memory:   K * max(1, positions / kRowsPerRead), once, and steps * positions floats
 bool worth_rows(const Projection& p, Format format, int64_t positions, int64_t rows,
                 int64_t steps) {
   const int64_t bytes = positions * p.N * 4;
   if (bytes > kMostBytes) return false;
   const auto products = [](int64_t n) { return std::max(1.0, double(n) / kRowsPerRead); };
   const double read = 4.0 / element_bytes(format) * (bytes > kInCache ? kFromMemory : 1.0);
-  const double multiplied = double(steps * p.K) * products(rows);
-  const double by_rows = double(p.K) * products(positions) + double(steps * positions) * read;
-  return by_rows < 0.8 * multiplied;
+  const double by_context = double(steps * p.K) * products(rows);
+  const double by_memory = double(p.K) * products(positions) + double(steps * positions) * read;
+  return by_memory < 0.8 * by_context;
 }
 
 }  // namespace
@@ -143,8 +145,9 @@ void RecurrentDecoder::project_contexts(const Encoded& encoded, int64_t limit, i
   }
   step_.first_rows = first_rows_.data();
   const int64_t positions = first_rows_.back();
-  const int64_t steps = attends ? std::min(limit, encoded.S) : limit;
-  step_.contexts = false;
+  // A target is taken to be as long as its source, and has an end.
+  const int64_t steps = attends ? std::min(limit, encoded.S + 1) : limit;
+  step_.multiplies_context = false;
   bool packed = false;
   for (int reader = 0; reader < kContextReaders; ++reader) {
     const Projection& p = context_of(reader);
@@ -153,10 +156,12 @@ void RecurrentDecoder::project_contexts(const Encoded& encoded, int64_t limit, i
     if (p.N == 0) continue;
     to.stride = staged_row_bytes(Format::kFloat32, p.N) / 4;
     // What reads an attentional vector does not read the sum over the memory itself.
-    const bool reads_sum = step_.attentional.N == 0 || reader == kAttentional;
-    if (!reads_sum) continue;
-    if (!worth_rows(p, step_.format, positions, step_.rows, steps)) {
-      step_.contexts = true;
+    if (step_.attentional.N > 0 && reader != kAttentional) continue;
+    // Narrow formats round the memory's rows there, else their sum: which of the two must not
+    // depend on what else is in a batch. A context that stays is rounded the same either way.
+    const bool same = step_.format == Format::kFloat32 || !attends;
+    if (!same || !worth_rows(p, step_.format, positions, step_.rows, steps)) {
+      step_.multiplies_context = true;
       continue;
     }
     if (!packed) pack_memory(encoded);

@@ -76,7 +76,7 @@ inline RecurrentPlaces recurrent_places(const RecurrentStep& s) {
     const int64_t stride = staged_row_bytes(s.format, size);
     return StagedPlaces{all.take(s.rows * stride), stride, all.take(s.rows * 4)};
   };
-  // The widest of what is staged: inputs of layers, of the location scores, of the output.
+  // The widest of what is staged beside contexts: embeddings, states, what location scores are of.
   p.input_size = s.location.N > 0 ? s.E + s.H : std::max(s.E, s.H);
   p.input = all.take(s.rows * row_floats(p.input_size) * 4);
   p.gates = all.take(s.rows * row_floats(4 * s.H) * 4);
@@ -84,7 +84,7 @@ inline RecurrentPlaces recurrent_places(const RecurrentStep& s) {
   p.first_weights = all.take(s.rows * s.weights_stride * 4);
   p.contexts = all.take(s.rows * row_floats(s.attentional.N > 0 ? s.M : 0) * 4);
   p.staged = staged(p.input_size);
-  p.context = staged(s.contexts || s.attentional.N > 0 ? std::max(s.M, s.F) : 0);
+  p.context = staged(s.multiplies_context || s.attentional.N > 0 ? std::max(s.M, s.F) : 0);
   p.hidden = staged(s.H);
   p.scans = all.take(s.threads * score_bytes(s.rows));
   p.member = all.end();
@@ -141,8 +141,7 @@ class RecurrentRun {
     team_.wait();
     team_.score(s_.output, staged_, s_.rows, s_.scores, s_.workspace + places_.scans,
                 [&](const Panels& panels, const auto& put) {
-                  add_context(s_.output.context, kOutput, {s_.weights, s_.weights_stride}, panels,
-                              put);
+                  add_context(s_.output.context, kOutput, weights(), panels, put);
                 });
   }
 
@@ -193,12 +192,12 @@ class RecurrentRun {
       team_.stage(input_.at(r), s_.E, staged_, r);
     }
     const int64_t parent = s_.parents[r];
-    if (!located()) {
+    if (!located()) {  // rows of a sentence side by side, whatever their parents; what stays, stays
       const float* const from = s_.weights_before + parent * s_.weights_stride;
       const int64_t count = 1 + positions_of(s_.sentences[r]);
       copy(from, count, first_weights_.at(r));
       if (constant()) copy(from, count, weights().at(r));
-      if (constant() && s_.contexts) {
+      if (constant() && s_.multiplies_context) {
         copy(s_.context_before + parent * s_.F, s_.F, s_.context + r * s_.F);
       }
     }
@@ -391,7 +390,7 @@ class RecurrentRun {
       copy(weights, n, to);
       std::memset(to + n, 0, static_cast<size_t>((s_.S - n) * 4));
     }
-    if (!s_.contexts) return;
+    if (!s_.multiplies_context) return;
     const float* const values = s_.values + s_.sentences[r] * s_.S * s_.M;
     weigh<Format::kFloat32>(1, weights, 0, 1, n, reinterpret_cast<const char*>(values), s_.M * 4,
                             s_.M, [&](int64_t, int64_t c, Float sum, int lanes) {

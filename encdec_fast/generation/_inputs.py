@@ -113,8 +113,14 @@ def check_lengths(
             f"generate: a source has {sources.tokens.shape[1]} tokens, but the attention has "
             f"{most} positions"
         )
-    check_vocabulary(config, requests, decoder.output.weight.shape[0])
+    written = decoder.output.weight.shape[0]
+    check_vocabulary(config, requests, written)
     rows = decoder.embedding.shape[0]
+    if written > rows and (config.vocabulary is None or max(config.vocabulary, default=0) >= rows):
+        raise IndexError(
+            f"generate: the model writes tokens 0 to {written - 1}, but its embedding has {rows} "
+            "rows: a vocabulary may leave out the others"
+        )
     for prompt, _, _ in requests:
         if min(prompt) < 0 or max(prompt) >= rows:
             raise IndexError(f"generate: a prompt has a token outside of the embedding's {rows}")

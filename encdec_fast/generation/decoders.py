@@ -115,8 +115,25 @@ class RecurrentDecoder:
     def max_source_length(self) -> int | None:
         return None if self.location is None else self.location.weight.shape[0]
 
+    def _check_columns(self) -> None:
+        """RuntimeError for weights that would be read past their ends."""
+        H, fed = self.hidden_size, self.fed_size
+        below = [self.embedding.shape[1] + fed, H + fed if self.attends else H]
+        expected = [
+            (f"layer {i}", layer.input, below[i] if i < 2 else H)
+            for i, layer in enumerate(self.layers)
+        ]
+        expected.append(("output", self.output, H + fed if self.context_in_output else H))
+        if self.attentional is not None:
+            expected.append(("attentional", self.attentional, self.context_size + H))
+        for name, affine, columns in expected:
+            found = affine.weight.shape[1]
+            if found != columns:
+                raise RuntimeError(f"generate: {name} must read {columns} features, not {found}")
+
     def compile(self, pack: Packing) -> Any:
-        """The engine's model."""
+        """The engine's model. RuntimeError for weights whose sizes do not fit each other."""
+        self._check_columns()
         H = self.hidden_size
         A = 0
         if self.attention in ("additive", "dot"):
@@ -157,7 +174,7 @@ class RecurrentDecoder:
         features = self.embedding.shape[1] if index == 0 else self.hidden_size
         found: dict[str, Any] = {"cell": CELLS[layer.cell], "hidden": pack.affine(layer.hidden)}
         own, context = layer.input.columns(features)
-        # No more tokens than features: what each of them gives takes no more room than the weights.
+        # No more tokens than features: their gates are no more numbers than the weights.
         if index == 0 and self.embedding.shape[0] <= features:
             found["token_gates"] = pack.products(self.embedding, own)
         else:
@@ -291,7 +308,8 @@ Decoder = RecurrentDecoder | TransformerDecoder
 
 @dataclass
 class Packing:
-    """What the engine is given of tensors: addresses, and what must live while it packs.
+    """What the engine is given of tensors: addresses, what must live with the model (alive), and
+    what must live while it packs (scratch).
 
     weight_dtype: "float32", "bfloat16" or "int8". watched: matrices whose values are sampled again
     before each search, beside those that are packed.
@@ -300,6 +318,7 @@ class Packing:
     weight_dtype: str
     watched: list[tuple[int, int, int, int, int]] = field(default_factory=list)
     alive: list[Tensor] = field(default_factory=list)
+    scratch: list[Tensor] = field(default_factory=list)
 
     def rest(self) -> tuple[Any, ...]:
         """The arguments of the engine's models that are the same for all."""
@@ -336,13 +355,15 @@ class Packing:
         return self._matrix(affine.weight), self.vector(affine.bias)
 
     def products(self, rows: Tensor, affine: Affine) -> int:
-        """affine of each row, as floats."""
+        """affine of each row, as floats that are copied."""
         self.table(affine.weight)
         self.vector(affine.bias)
+        for first in range(0, len(rows), 64):  # 64 samples: no row that none is of
+            self.table(rows[first : first + 64])
         bias = None if affine.bias is None else affine.bias.detach().double()
         found = nn.functional.linear(rows.detach().double(), affine.weight.detach().double(), bias)
-        self.alive.append(found.float())
-        return self.alive[-1].data_ptr()
+        self.scratch.append(found.float())
+        return self.scratch[-1].data_ptr()
 
     def norm(self, norm: Norm) -> tuple[int, int, int, float]:
         return NORMS[norm.kind], self.vector(norm.weight), self.vector(norm.bias), norm.eps

@@ -369,7 +369,8 @@ def generate(
         each token, with more what all open hypotheses have in common.
     progress: show a bar (needs the package rich). timing: a dict that receives the number of steps
         and rows, and the seconds spent in the decoder and in the search; of a recurrent decoder
-        also how many of its products with a context the engine made by way of the memory.
+        also products_by_memory: of each batch, how many of up to three weights that read a context
+        were multiplied with the memory once, not with the context in each step.
 
     Sentences are sorted by length and decoded in batches of at most config.max_batch_tokens; what
     is returned is in the order given. Ctrl-C ends it between two steps.
