@@ -84,7 +84,7 @@ class PackedRows {
     w.data = data_;
     w.groups = round_up(k, group_size(format)) / group_size(format);
     w.panel_bytes = panel_bytes_;
-    const RowTiles tiles(rows, tile_rows(format, kVectors));
+    const RowTiles tiles(rows, format, kVectors);
     for (int64_t p = 0; p < (panels < 0 ? panels_ : panels); ++p) {
       for (int64_t i = 0; i < tiles.count; ++i) {
         const int64_t row = tiles.begin(i);

@@ -113,7 +113,7 @@ class BridgeRun {
   float* scales(int64_t at) const { return reinterpret_cast<float*>(own_ + at); }
 
   void products(int64_t first, int64_t rows) {
-    const RowTiles tiles(rows, tile_rows(format, kVectors));
+    const RowTiles tiles(rows, format, kVectors);
     const RowsView states{own_, places_.state_row};
     const RowsView contexts{own_ + places_.contexts, places_.context_row};
     const int64_t panels = panels_of(call_.H);

@@ -112,20 +112,23 @@ __attribute__((visibility("default"))) void multiply_beside(const PackedView& w,
                                                             const char* row, float* out,
                                                             const BesideTile& tile);
 
-// Cuts `rows` into the fewest tiles. The matrix unit is configured for a number of rows: all tiles
-// but the last have one size there. Else they differ by one row at most, for a tile of very few
-// rows adds up in another order than the others (gemm_cpu.cpp): a row's result would depend on
-// where a chunk or a thread's part happens to end.
+// Cuts `rows` into the fewest tiles. The matrix unit is configured for a number of rows: where it
+// multiplies, all tiles but the last have one size. Else they differ by one row at most, for a tile
+// of very few rows adds up in another order than the others (gemm_cpu.cpp): a row's result would
+// depend on where a chunk or a thread's part happens to end.
 struct RowTiles {
   int64_t rows, count;
   int64_t size, longer;  // of a tile, and how many tiles have one row more
-  RowTiles(int64_t rows, int max_rows)
+  RowTiles(int64_t rows, int max_rows, bool one_size)
       : rows(rows),
         count((rows + max_rows - 1) / max_rows),
-        size(count == 0   ? 0
-             : amx_chosen ? (rows + count - 1) / count
-                          : rows / count),
-        longer(count == 0 || amx_chosen ? 0 : rows % count) {}
+        size(count == 0 ? 0
+             : one_size ? (rows + count - 1) / count
+                        : rows / count),
+        longer(count == 0 || one_size ? 0 : rows % count) {}
+  // As multiply_rows takes them.
+  RowTiles(int64_t rows, Format format, int vectors)
+      : RowTiles(rows, tile_rows(format, vectors), amx_multiplies(format)) {}
   int64_t begin(int64_t i) const {
     const int64_t first = i * size + (i < longer ? i : longer);
     return first < rows ? first : rows;

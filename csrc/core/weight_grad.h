@@ -69,7 +69,7 @@ struct WeightGrad {
     x.data = buffer;
     x.groups = round_up(rows, kGroup) / kGroup;
     x.panel_bytes = panel;
-    const RowTiles strips(units, kStripTiles * tile_rows(format, NV));
+    const RowTiles strips(units, kStripTiles * tile_rows(format, NV), amx_multiplies(format));
     const int64_t all = gates * strips.count;
     for (int64_t s = part(all, rank); s < part(all, rank + 1); ++s) {
       const int gate = static_cast<int>(s / strips.count);
@@ -100,7 +100,7 @@ struct WeightGrad {
   }
 
   void copy_strip(int64_t column, int64_t count) const {
-    const RowTiles tiles(count, tile_rows(format, NV));
+    const RowTiles tiles(count, format, NV);
     for (int64_t i = 0; i < tiles.count; ++i) {
       const int64_t first = column + tiles.begin(i), end = column + tiles.begin(i + 1);
       const bool inside = (first + kLanes) * 4 <= row_bytes;  // a whole vector, of which n are used
@@ -127,7 +127,7 @@ struct WeightGrad {
   void multiply_strip(const PackedView& x, RowsView strip, int64_t count, int64_t width, float* out,
                       bool overwrite) const {
     alignas(64) float products[tile_room(format, NV) * kPanel];
-    const RowTiles tiles(count, tile_rows(format, NV));
+    const RowTiles tiles(count, format, NV);
     const bool past_caches = overwrite && last && width % kLanes == 0 &&
                              reinterpret_cast<uintptr_t>(out) % (kLanes * sizeof(float)) == 0;
     for (int64_t b = 0; b < panels_of(width); ++b) {

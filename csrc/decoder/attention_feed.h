@@ -208,7 +208,7 @@ class AttentionFeed {
   template <class Multiply, class Put>
   void each_tile(int64_t columns, const Multiply& multiply, const Put& put) const {
     alignas(64) float tile[tile_room(format, kVectors) * kPanel];
-    const RowTiles tiles(B_, tile_rows(format, kVectors));
+    const RowTiles tiles(B_, format, kVectors);
     const int64_t panels = panels_of(columns);
     for (int64_t p = part(panels, rank_); p < part(panels, rank_ + 1); ++p) {
       for (int64_t i = 0; i < tiles.count; ++i) {

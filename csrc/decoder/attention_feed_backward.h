@@ -81,7 +81,7 @@ class AttentionFeedBackward : FeedBackwardScores<cell, format> {
 
   // The gradients of f_{t-1} from those of step t's gates.
   void after_step(const PackedView& w, RowsView gate_grads) {
-    const RowTiles tiles(s_.B, tile_rows(format, kVectors));
+    const RowTiles tiles(s_.B, format, kVectors);
     for (int64_t p = part(panels_of(m_.F), rank_); p < part(panels_of(m_.F), rank_ + 1); ++p) {
       for (int64_t i = 0; i < tiles.count; ++i) {
         const int64_t row = tiles.begin(i);
@@ -205,7 +205,7 @@ class AttentionFeedBackward : FeedBackwardScores<cell, format> {
                     const Put& put) const {
     alignas(64) float tile[tile_room(format, kVectors) * kPanel];
     const PackedView w = view(call_.workspace, MatrixPlace{place}, format, k, kVectors);
-    const RowTiles tiles(s_.B, tile_rows(format, kVectors));
+    const RowTiles tiles(s_.B, format, kVectors);
     const int64_t panels = panels_of(columns);
     for (int64_t p = part(panels, rank_); p < part(panels, rank_ + 1); ++p) {
       for (int64_t i = 0; i < tiles.count; ++i) {

@@ -104,7 +104,7 @@ class StepTeam {
     alignas(64) float tile[kRows * kPanel];
     const auto& header = *reinterpret_cast<const linear::PackedHeader*>(p.packed);
     const PackedView weight = view(p.packed, header.weight, format, p.K, kVectors);
-    const RowTiles tiles(rows, tile_rows(format, kVectors));
+    const RowTiles tiles(rows, format, kVectors);
     for (int64_t panel = panels.first; panel < panels.end; ++panel) {
       for (int64_t i = 0; i < tiles.count; ++i) {
         const int64_t first = tiles.begin(i), end = tiles.begin(i + 1);

@@ -330,7 +330,7 @@ class TransformerRun {
     float* const scores = own<float>(places_.scores);
     const int64_t stride = staged_row_bytes(kKept, size);
     for (int64_t r = 0; r < rows; ++r) stage_query(first + r, head, query + r * stride);
-    const RowTiles tiles(rows, tile_rows(kKept, kVectors));
+    const RowTiles tiles(rows, kKept, kVectors);
     for (int64_t p = 0; p < panels_of(n); ++p) {
       for (int64_t i = 0; i < tiles.count; ++i) {
         const int64_t row = tiles.begin(i);

@@ -103,7 +103,7 @@ class LinearBackwardRun {
         view(call_.workspace, MatrixPlace{places_.weight}, kFloat, call_.N, kVectors);
     const int64_t group = rows_in_l2(kRows, places_.row);
     for (int64_t start = 0; start < rows; start += group) {
-      const RowTiles tiles(rows - start < group ? rows - start : group, kRows);
+      const RowTiles tiles(rows - start < group ? rows - start : group, kRows, false);
       for (int64_t p = part(panels_of(call_.K), rank_); p < part(panels_of(call_.K), rank_ + 1);
            ++p) {
         for (int64_t i = 0; i < tiles.count; ++i) {

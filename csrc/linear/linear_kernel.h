@@ -169,7 +169,7 @@ class LinearRun {
   void products(int64_t first, int64_t rows) {
     constexpr int kRows = tile_room(format, kVectors);
     alignas(64) float tile[kRows * kPanel];
-    const RowTiles tiles(rows, tile_rows(format, kVectors));
+    const RowTiles tiles(rows, format, kVectors);
     const int64_t panels = panels_of(call_.N);
     const int64_t begin = call_.plan.split_rows ? 0 : part(panels, rank_);
     const int64_t end = call_.plan.split_rows ? panels : part(panels, rank_ + 1);

@@ -116,7 +116,7 @@ class BackwardRun : BackwardCells<cell, format> {
     if (t == (dir_.reverse ? q_.T - 1 : 0) && !dir_.grad_h0) return;
     alignas(64) float products[kTileRoom * Pl::kUnits];
     const PackedView w = packed(work_ + places_.w_hh, Sg::kGates);
-    const RowTiles tiles(own_rows, tile_rows(format, NV));
+    const RowTiles tiles(own_rows, format, NV);
     const int64_t first = own_.begin / Pl::kUnits;
     const int64_t blocks = (own_.end - own_.begin + Pl::kUnits - 1) / Pl::kUnits;
     for (int64_t i_block = 0; i_block < blocks; ++i_block) {
@@ -243,7 +243,7 @@ class BackwardRun : BackwardCells<cell, format> {
                            bool onto) {
     alignas(64) float products[kTileRoom * Pl::kUnits];
     const int64_t begin = part(Pl::blocks(s_.I), rank_), end = part(Pl::blocks(s_.I), rank_ + 1);
-    const RowTiles tiles(rows, tile_rows(format, NV));
+    const RowTiles tiles(rows, format, NV);
     // Either all panels stay in L2, or so many rows do.
     const bool panels_stay = (end - begin) * w.panel_bytes <= within_l2(512 * 1024);
     const int64_t group =

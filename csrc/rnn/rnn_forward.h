@@ -220,7 +220,7 @@ class ForwardRun : ForwardCells<cell, format> {
     place_gates(q_.row_start(chunk.begin));
     while (t < chunk.end) {
       const int64_t n = stage_input(t, r, chunk.end);
-      const RowTiles tiles(n, tile_rows(format, NV));
+      const RowTiles tiles(n, format, NV);
       const int64_t asking = asks_ && !dir_.unpacked ? tiles.count : 0;
       for (int64_t b = first_; b < last_; ++b) {
         const PackedView w = input_block(b);
@@ -321,7 +321,7 @@ class ForwardRun : ForwardCells<cell, format> {
       std::memset(products, 0, sizeof(products));
       for (int64_t r = 0; format == Format::kInt8 && r < n; ++r) row_scale()[r] = 0.0f;
     }
-    const RowTiles tiles(n, tile_rows(format, NV));
+    const RowTiles tiles(n, format, NV);
     for (int64_t i_block = 0; i_block < last_ - first_; ++i_block) {
       // Every other step goes through the blocks backwards: it starts with those that are still in
       // L2 where a member's share of W_hh is larger than that.
@@ -366,7 +366,7 @@ class ForwardRun : ForwardCells<cell, format> {
     const PackedView hr = view(dir_.packed, header_.hr, format, s_.H, Pl::kVectors);
     const RowsView m = staged_states(m_row(0), n, s_.H);
     alignas(64) float products[tile_room(format, Pl::kVectors) * Pl::kUnits];
-    const RowTiles tiles(n, tile_rows(format, Pl::kVectors));
+    const RowTiles tiles(n, format, Pl::kVectors);
     const int64_t blocks = Pl::blocks(s_.P);
     for (int64_t b = part(blocks, rank_); b < part(blocks, rank_ + 1); ++b) {
       for (int64_t i = 0; i < tiles.count; ++i) {

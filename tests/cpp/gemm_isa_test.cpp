@@ -286,19 +286,30 @@ void test_beside() {
   }
 }
 
+void test_row_tiles(int most, bool one_size) {
+  for (int64_t rows = 0; rows < 200; ++rows) {
+    const RowTiles tiles(rows, most, one_size);
+    CHECK_EQ(tiles.count, (rows + most - 1) / most);
+    CHECK_EQ(tiles.begin(tiles.count), rows);
+    for (int64_t i = 0; i < tiles.count; ++i) {
+      const int64_t n = tiles.begin(i + 1) - tiles.begin(i);
+      const bool last = i + 1 == tiles.count;
+      CHECK(n >= 1 && n <= most);
+      CHECK(n == tiles.size || (one_size ? last : n == tiles.size + 1));
+    }
+  }
+}
+
 void test_row_tiles() {
   for (const int most : {6, 14, 32}) {
-    for (int64_t rows = 0; rows < 200; ++rows) {
-      const RowTiles tiles(rows, most);
-      CHECK_EQ(tiles.count, (rows + most - 1) / most);
-      CHECK_EQ(tiles.begin(tiles.count), rows);
-      for (int64_t i = 0; i < tiles.count; ++i) {
-        const int64_t n = tiles.begin(i + 1) - tiles.begin(i);
-        const bool last = i + 1 == tiles.count;
-        CHECK(n >= 1 && n <= most);
-        CHECK(n == tiles.size || (amx_chosen ? last : n == tiles.size + 1));
-      }
-    }
+    for (const bool one_size : {false, true}) test_row_tiles(most, one_size);
+  }
+  // Only what the matrix unit multiplies has one size.
+  for (const Format format : {Format::kFloat32, Format::kBfloat16, Format::kInt8}) {
+    const int most = tile_rows(format, 2);
+    const RowTiles tiles(3 * most + 1, format, 2);
+    CHECK_EQ(tiles.count, 4);
+    CHECK_EQ(tiles.longer > 0, !amx_multiplies(format));
   }
 }
 
