@@ -195,7 +195,7 @@ class RecurrentRun {
     if (!located()) {  // rows of a sentence side by side, whatever their parents; what stays, stays
       const float* const from = s_.weights_before + parent * s_.weights_stride;
       const int64_t count = 1 + positions_of(s_.sentences[r]);
-      copy(from, count, first_weights_.at(r));
+      if (s_.context_rows[kFirstLayer].data) copy(from, count, first_weights_.at(r));
       if (constant()) copy(from, count, weights().at(r));
       if (constant() && s_.multiplies_context) {
         copy(s_.context_before + parent * s_.F, s_.F, s_.context + r * s_.F);

@@ -43,8 +43,9 @@ class RecurrentSteps:
             self.lengths = torch.zeros(B, dtype=torch.int64, device=weights.device)
             if decoder.keys is not None:
                 self.keys = weights.zeros(B, S, decoder.keys.weight.shape[0])
-            if decoder.coverage is not None:
+            if decoder.coverage is not None:  # each row has looked elsewhere: a memory of its own
                 self.coverage = weights.zeros(B * K, S)
+                self.memory = [t.repeat_interleave(K, 0) for t in self._memory()]
         self.launch = DecodeStep(decoder, weights, B * K, S) if one_launch else None
 
     def begin(self, encoded: Encoded) -> None:
@@ -63,10 +64,17 @@ class RecurrentSteps:
         put(encoded.memory, self.values)
         self.lengths.zero_()
         self.lengths[: len(encoded.lengths)] = torch.tensor(list(encoded.lengths))
-        if self.coverage is not None:
-            self.coverage.zero_()
         if self.keys is not None and self.decoder.keys is not None:
             self.keys.copy_(self.weights.affine(self.decoder.keys, self.values))
+        if self.coverage is not None:
+            self.coverage.zero_()
+            for own, given in zip(self.memory, self._memory(), strict=True):
+                own.copy_(given.repeat_interleave(self.K, 0))
+
+    def _memory(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Keys, values and lengths of the sentences."""
+        assert self.values is not None
+        return self.values if self.keys is None else self.keys, self.values, self.lengths
 
     def step(
         self, tokens: Tensor, parents: Tensor, position: Tensor, ancestors: Tensor
@@ -141,18 +149,17 @@ class RecurrentSteps:
         )
 
     def _attend_covered(self, state: Tensor, coverage: Tensor) -> tuple[Tensor, Tensor]:
-        """Each row has looked elsewhere before, so that it has a memory of its own."""
+        """Of rows that have a coverage, and a memory, each for itself."""
         decoder, own = self.decoder, self.weights
         assert decoder.query is not None and decoder.score is not None
         assert decoder.coverage is not None and self.coverage is not None
-        assert self.values is not None
-        keys = self.values if self.keys is None else self.keys
+        keys, values, lengths = self.memory
         context, weights = additive_attention(
             own.affine(decoder.query, state).unsqueeze(1),
-            keys.repeat_interleave(self.K, 0),
-            self.values.repeat_interleave(self.K, 0),
+            keys,
+            values,
             own(decoder.score),
-            self.lengths.repeat_interleave(self.K),
+            lengths,
             need_weights=True,
             coverage=coverage,
             coverage_weight=own(decoder.coverage),
